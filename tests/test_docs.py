@@ -218,7 +218,8 @@ def test_every_command_composes(page: Path, line: str, tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     words = shlex.split(line, comments=True)
     if words[0] == "torchrun":
-        words = ["ssl-train", *words[words.index("sslcli.cli.train") + 1 :]]
+        module = words.index("-m") + 1
+        words = [words[module].replace("sslcli.cli.", "ssl-"), *words[module + 1 :]]
     monkeypatch.setattr("sys.argv", words)
     jobs = compose.checked_jobs(words[0].removeprefix("ssl-"), command.read_arguments(words[0].removeprefix("ssl-")))
     assert jobs

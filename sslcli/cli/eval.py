@@ -29,10 +29,9 @@ def evaluate(config: dict[str, Any]) -> int:
             f"{'run' if config['run'] else 'weights'} is {path!r}, but there is no such path.{_suggestions(path)}"
         )
     check_changes(config)
-    from sslcli.config.run_config import EvalConfig
-    from sslcli.runs.evaluate import run
+    from sslcli.runs.evaluate_launch import launch
 
-    return run(EvalConfig.from_plain(config))
+    return launch(config)
 
 
 def check_changes(config: dict[str, Any]) -> None:

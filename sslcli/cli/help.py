@@ -26,6 +26,7 @@ EXAMPLES = {
     "eval": """\
   ssl-eval run=runs/mine                                linear probe, on the dataset of the run
   ssl-eval run=runs/mine protocol=knn dataset=cifar10   another protocol, another dataset
+  ssl-eval run=runs/mine launcher=multi                 on all GPUs of this machine
   ssl-eval run=runs/sweep                               a table of all runs in a folder
   ssl-eval weights=net.pt backbone=resnet18 dataset=cifar10""",
     "export": """\
@@ -46,7 +47,7 @@ EXITS = {
     "train": """\
   0 done   2 invalid configuration or data   3 training failed   75 stopped and saved: run again to resume""",
     "eval": """\
-  0 done   2 invalid configuration or data   3 a data worker died""",
+  0 done   2 invalid configuration or data   3 a process died   75 stopped by a signal""",
     "export": """\
   0 done   2 invalid configuration, or a file cannot be read or written""",
 }

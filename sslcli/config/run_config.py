@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ class EvalConfig(EvalSettings):
         backbone: node of the chosen backbone for a weight file. None = the backbone that is stored in the file.
         dataset_changes: overrides of the run's dataset, see `sslcli.config.own_dataset.Change`.
         overrides: overrides of the command line.
+        launcher: settings of the launcher, which starts the processes.
     """
 
     protocol: Node
@@ -123,6 +125,9 @@ class EvalConfig(EvalSettings):
     backbone: Node | None
     dataset_changes: list[Any]
     overrides: list[str] = field(default_factory=list)
+    launcher: LauncherSettings = field(
+        default_factory=partial(LauncherSettings, kind="local", timeout="10m", threads=None)
+    )
 
     @property
     def set_keys(self) -> set[str]:
@@ -134,6 +139,7 @@ class EvalConfig(EvalSettings):
         """Convert `config`, the validated configuration of one job, from a dictionary to an `EvalConfig`."""
         return cls(
             **{f.name: config[f.name] for f in fields(EvalSettings)},
+            launcher=LAUNCHERS[config["launcher"]["kind"]](**config["launcher"]),
             protocol=config["protocol"],
             dataset=config.get("dataset"),
             backbone=config.get("backbone"),

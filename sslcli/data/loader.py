@@ -82,6 +82,7 @@ class Loader:
         self.timeout = timeout
         self.batch_size, self.accumulate, self.micro_batch_size = batch_size, accumulate, batch_size // divisor
         self.steps_per_epoch = num_images // batch_size
+        self.stride = 1  # `steps` skips all steps whose distance to its first step is not a multiple of this number
         self.bad = BadImages(max_bad=source.max_bad, total=len(source.splits["train"]))
         # A dataset of shards is read in parallel lanes (see order.py), and every worker reads its own lanes. Therefore
         # each micro-batch is split into one request per worker.
@@ -143,7 +144,7 @@ class Loader:
         A step has `accumulate` micro-batches. A micro-batch is split into `requests_per_batch` requests.
         """
         epoch = -1
-        for step in range(start, stop):
+        for step in range(start, stop, self.stride):
             if step // self.steps_per_epoch != epoch:
                 epoch = step // self.steps_per_epoch
                 columns = self.request_columns(epoch)

@@ -44,6 +44,7 @@ def run_processes(
     max_restarts: int,
     on_message: Callable[[str], None],
     rendezvous: Rendezvous | None = None,
+    restarts_from: str = "the last checkpoint",
 ) -> int:
     """Run `python ARGUMENTS` in several processes on this node. Return one exit code for all processes.
 
@@ -61,6 +62,7 @@ def run_processes(
             `run_processes` then returns EXIT_LOST. With a rendezvous, the agent also ignores SIGUSR1 and SIGUSR2: the
             scheduler sends these signals to every process of the job, so the training processes receive them too. They
             all stop after the same step.
+        restarts_from: where restarted processes continue, for the message.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
 
@@ -87,7 +89,7 @@ def run_processes(
             if not crashed(codes) or restart == max_restarts:
                 break
             attempt = f"restart {restart + 1} of {max_restarts}"
-            on_message(f"{describe_exits(codes)}; all start again from the last checkpoint ({attempt})")
+            on_message(f"{describe_exits(codes)}; all start again from {restarts_from} ({attempt})")
     except SignalException:
         return EXIT_STOPPED
     finally:

@@ -49,11 +49,14 @@ def lost_contact(error: Exception) -> bool:
 
 
 @contextmanager
-def process_group(device: torch.device, *, limit: float, end: Callable[[str], None]) -> Iterator[None]:
+def process_group(
+    device: torch.device, *, limit: float, end: Callable[[str], None], timeout: float | None = None
+) -> Iterator[None]:
     """Initialize the process group for the duration of the `with` block, if the run has several processes.
 
     A watchdog thread of each process calls `end(message)` after `limit` seconds without progress, see the module
-    `watchdog`. `device` is the device of this process.
+    `watchdog`. `device` is the device of this process. `timeout` is the maximum wait of a collective in seconds. None =
+    ten times `limit`, and at least an hour.
     """
     member = launched()
     if member is None:
@@ -68,9 +71,9 @@ def process_group(device: torch.device, *, limit: float, end: Callable[[str], No
     with watchdog.watched(store, rank=member.rank, size=member.world_size, limit=limit, end=end, leave=leave):
         watchdog.record_collective()
         # Normally the watchdog ends a run that hangs. This longer timeout is a fallback.
-        timeout = timedelta(seconds=max(10 * limit, 3600))
+        patience = timedelta(seconds=timeout or max(10 * limit, 3600))
         # Without `device_id`, NCCL would derive the GPU of collectives such as `barrier` from the rank.
-        dist.init_process_group(backend, timeout=timeout, device_id=device if device.type == "cuda" else None)
+        dist.init_process_group(backend, timeout=patience, device_id=device if device.type == "cuda" else None)
         try:
             yield
         except BaseException:

@@ -95,6 +95,11 @@ def described(protocol: Protocol, result: Mapping[str, Any]) -> str:
     return found
 
 
+def shares_work(protocol: Protocol) -> bool:
+    """Return True if the class of the protocol itself sets `shares_work`, see `Protocol`."""
+    return bool(vars(type(protocol)).get("shares_work", False))
+
+
 class Protocol:
     """Base class of a protocol, selected by `protocol=...` and instantiated from its yaml file.
 
@@ -110,12 +115,17 @@ class Protocol:
             hyperparameters to select, it must hold out a part of its training images for the selection.
         trains: True if the protocol trains copies of the networks. The networks and their features then stay in memory
             during the whole evaluation.
+        shares_work: True if all processes of an evaluation call the protocol, which divides its work among them with
+            `sslcli.distributed.shared_work`. All processes must then access the same items of `starts` in the same
+            order, outside of `spread`. False if only rank 0 calls the protocol. Subclasses do not inherit the value,
+            because their own code may not divide its work.
     """
 
     title: ClassVar[str] = "evaluation"
     baselines: ClassVar[tuple[str, ...]] = ("random",)
     trains_on_val: ClassVar[bool] = False
     trains: ClassVar[bool] = True
+    shares_work: ClassVar[bool] = False
 
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Evaluate the networks in `starts`. The keys are "trained" and the names of the baselines.

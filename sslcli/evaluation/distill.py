@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sslcli.backbones.wrap import dry_output
+from sslcli.distributed import shared_work
 from sslcli.evaluation.base import Outcome, trained_and_measured
 from sslcli.evaluation.finetune import reported_positions
 from sslcli.evaluation.layers import BACKBONE
@@ -53,6 +54,7 @@ class Distill(Recipe):
     teacher, for the same number of steps as the distilled student.
     """
 
+    shares_work: ClassVar[bool] = True
     named: ClassVar[dict[str, Any]] = {"alpha": 1.0, "steps": 600, "batch_norm": "train", "seed": 0}
 
     teacher: str = "finetune"
@@ -95,7 +97,8 @@ class Distill(Recipe):
     def __call__(self, starts: Mapping[str, Start], task: Task) -> Outcome:
         """Distill the teacher into a copy of the run's network.
 
-        If `student` is set, distill into this randomly initialized network instead.
+        If `student` is set, distill into this randomly initialized network instead. With several processes, rank 0
+        distills, and rank 1 trains the baseline. The network of the outcome is that of rank 0.
         """
         teacher = task.fine_tuned(self.teacher)
         data = starts["trained"].features
@@ -105,15 +108,26 @@ class Distill(Recipe):
             name: start.classifier(task) if self.student is None else self.fresh(start, task)
             for name, start in starts.items()
         }
-        progress = Progress(task.screen, "distilling", total=len(arms) * self.steps)
+        progress = Progress(task.screen, "distilling", total=shared_work.own_jobs(len(arms)) * self.steps)
         student = arms["trained"]
-        self.distil(student, teacher, task, split, progress)
+
+        def distilled() -> Tensor:
+            self.distil(student, teacher, task, split, progress)
+            return label_rank(predict(student, task, at), labels)
+
+        def alone() -> Tensor:
+            net, facts = arms["random"], "labels alone"
+            fit(net, task, teacher.positions, self, lr=self.lr, seed=self.seed, progress=progress, facts=facts)
+            return label_rank(predict(net, task, at), labels)
+
+        jobs = {"trained": distilled, **({"random": alone} if "random" in arms else {})}
+        jobs["teacher"] = lambda: label_rank(predict(teacher.net, task, at), labels)
+        places = dict(zip(jobs, shared_work.spread(list(jobs.values())), strict=True))
         result = {
             "protocol": "distill",
             "split": split,
-            **self.numbers(label_rank(predict(student, task, at), labels), data.num_classes),
-            "teacher": teacher.provenance
-            | self.numbers(label_rank(predict(teacher.net, task, at), labels), data.num_classes),
+            **self.numbers(places["trained"], data.num_classes),
+            "teacher": teacher.provenance | self.numbers(places["teacher"], data.num_classes),
             "student": "the run's own net" if self.student is None else type(self.student).__name__,
             "n_train": len(task.source.without_labels_of(split)),
             "n_labels": len(teacher.positions),
@@ -122,12 +136,7 @@ class Distill(Recipe):
             **self.facts(),
         }
         if "random" in arms:
-            alone = arms["random"]
-            facts = "labels alone"
-            fit(alone, task, teacher.positions, self, lr=self.lr, seed=self.seed, progress=progress, facts=facts)
-            result["baselines"] = {
-                "random": self.numbers(label_rank(predict(alone, task, at), labels), data.num_classes)
-            }
+            result["baselines"] = {"random": self.numbers(places["random"], data.num_classes)}
         task.screen.stop()
         source = teacher.provenance["measured"]
         variant = source if source != Distill.teacher else ""

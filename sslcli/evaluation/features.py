@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ from sslcli.weights.files import broken_part
 
 if TYPE_CHECKING:
     from sslcli.data.sources.base import Source
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,19 @@ def computed(
                 raise
             torch.cuda.empty_cache()
     return protocol(features, **given)
+
+
+def computed_on(device: torch.device, compute: Callable[..., T], *tensors: Tensor) -> T:
+    """Return `compute(*tensors)` with the tensors on `device`, or on the CPU if the GPU has too little memory."""
+    if device.type != "cpu":
+        try:
+            return compute(*(tensor.to(device) for tensor in tensors))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return compute(*tensors)
 
 
 def from_bank(features: FeatureSet, rows: Tensor, split: Tensor) -> FeatureSet:
@@ -294,12 +309,21 @@ def cached(
     - A file with another key is replaced.
     - A damaged file is renamed, and a warning is printed.
     - If the file cannot be written, a warning is printed, and the tensors are still returned.
+
+    With several processes, all of them must call the function. They compute together if one of them cannot read the
+    file, and rank 0 writes it.
     """
-    stored = _load(path, key, warn)
-    if stored is not None:
-        return stored
+    is_main = collectives.is_main()
+    stored = shared_work.agreed(lambda: _load(path, key, warn) if is_main else None)
+    if collectives.gather_objects(stored is not None)[0]:
+        stored = shared_work.agreed(lambda: stored if is_main else _load(path, key, lambda message: None))
+        if all(collectives.gather_objects(stored is not None)):
+            assert stored is not None
+            return stored
     # clone: torch.save writes the whole storage of a tensor, even if the tensor is only a slice of it
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in compute().items()}
+    if not is_main:
+        return tensors
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write(path, partial(torch.save, {"key": key, "tensors": tensors}), durable=False)

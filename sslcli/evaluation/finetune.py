@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sslcli.distributed import shared_work
 from sslcli.errors import ConfigError
 from sslcli.evaluation import layers
 from sslcli.evaluation.base import Outcome, trained_and_measured
@@ -35,6 +37,21 @@ Choice = dict[str, float]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Trainings that start from one network: one on each of S label subsets.
+
+    Attributes:
+        start: the network and its features.
+        subsets: S subsets of the training images, each as row numbers of start.features.train.
+        choosing: number of subsets, the first ones, on which the learning rate is selected.
+    """
+
+    start: Start
+    subsets: Sequence[Tensor]
+    choosing: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Trained:
     """Result of training on S label subsets.
 
@@ -43,19 +60,17 @@ class Trained:
     Attributes:
         place: (S, m) the 0-based rank of the true class among the predictions for each image, for the network of each
             subset. A rank of 0 is a correct prediction.
-        net: the network that was trained on the first subset.
         chosen: the selected learning rate, with its held-out accuracy and loss if candidates were compared.
         grid: the held-out accuracy and loss of each candidate learning rate; empty if no candidates were compared.
     """
 
     place: Tensor
-    net: Classifier
     chosen: Choice
     grid: list[Choice]
 
-    def top(self, k: int) -> list[float]:
+    def top(self, k: int, *, num_classes: int) -> list[float]:
         """Return the top-k accuracy for each label subset, as fractions. k is capped at the number of classes."""
-        return [accuracy(place, min(k, self.net.classify.out_features)) for place in self.place]
+        return [accuracy(place, min(k, num_classes)) for place in self.place]
 
 
 def reported_positions(features: FeatureSet) -> Tensor:
@@ -113,63 +128,100 @@ class Tuned(Recipe):
         chosen = feature_layer if feature_layer != layers.BACKBONE or number == 0 else f"head{number}"
         return chosen, f"head{usual}" if usual else layers.BACKBONE
 
-    def trainings(self, subsets: int, *, choosing: int) -> int:
-        """Return the number of networks that `learn` trains.
+    def learn(self, plans: Sequence[Plan], task: Task, *, title: str) -> tuple[list[Trained], Classifier | None]:
+        """Select the learning rate of each plan, then train on each of its subsets.
 
-        `subsets` is the number of subsets of the training images. One network is trained on each subset. If there are
-        several learning rates to select from, one network per learning rate is also trained on each of the first
-        `choosing` subsets.
+        Returns the results of all plans, and the network that was trained on the first subset of the first plan. The
+        reported split is used once per training, after the selection. The processes share the trainings. Each training
+        runs on one process, so its result does not depend on the number of processes. The network is None on all ranks
+        but rank 0. `title` is the title of the progress display.
         """
-        return subsets + (choosing * len(self.lrs) if len(self.lrs) > 1 else 0)
+        splits = [self.held_out(plan) for plan in plans]
+        counts = (sum(map(len, splits)) * len(self.lrs), sum(len(plan.subsets) for plan in plans))
+        total = sum(map(shared_work.own_jobs, counts)) * self.steps
+        progress = Progress(task.screen, title, total=total)
+        chosen = self.choose(plans, splits, task, progress)
+        nets: list[Classifier] = []
 
-    def learn(
-        self, start: Start, task: Task, subsets: Sequence[Tensor], *, choosing: int, progress: Progress
-    ) -> Trained:
-        """Select the learning rate on the first `choosing` elements of `subsets`, then train on each element.
+        def train(plan: Plan, number: int, lr: float) -> Tensor:
+            net = self.train(plan.start, task, plan.subsets[number], lr, number, progress)
+            if plan is plans[0] and number == 0:
+                nets.append(net)
+            positions = reported_positions(plan.start.features)
+            return label_rank(predict(net, task, positions), plan.start.features.reported()[2])
 
-        Each element of `subsets` contains row numbers of start.features.train. The reported split is used once per
-        element, after the selection.
+        places = iter(
+            shared_work.spread(
+                [
+                    partial(train, plan, number, choice["lr"])
+                    for plan, (_, choice) in zip(plans, chosen, strict=True)
+                    for number in range(len(plan.subsets))
+                ]
+            )
+        )
+        task.screen.stop()
+        found = [
+            Trained(place=torch.stack([next(places) for _ in plan.subsets]), chosen=choice, grid=grid)
+            for plan, (grid, choice) in zip(plans, chosen, strict=True)
+        ]
+        return found, nets[0] if nets else None
+
+    def held_out(self, plan: Plan) -> list[tuple[Tensor, Tensor]]:
+        """Return the kept and the held-out rows of each subset on which the learning rate is selected.
+
+        The result is [] if nothing is selected. This is the case if there is only one learning rate, or if no image of
+        a subset can be held out, because each class of this subset has a single image.
         """
-        grid, chosen = self.choose(start, task, subsets[:choosing], progress)
-        labels = start.features.reported()[2]
-        positions = reported_positions(start.features)
-        places, first = [], None
-        for number, rows in enumerate(subsets):
-            net = self.train(start, task, rows, chosen["lr"], number, progress)
-            places.append(label_rank(predict(net, task, positions), labels))
-            first = first or net
-        assert first is not None
-        return Trained(place=torch.stack(places), net=first, chosen=chosen, grid=grid)
+        splits = [
+            held_out(rows, plan.start.features.train_labels, fraction=self.val_fraction, seed=self.seed + number)
+            for number, rows in enumerate(plan.subsets[: plan.choosing])
+        ]
+        return [] if len(self.lrs) == 1 or any(len(out) == 0 for _, out in splits) else splits
 
     def choose(
-        self, start: Start, task: Task, subsets: Sequence[Tensor], progress: Progress
-    ) -> tuple[list[Choice], Choice]:
-        """Return the results of all learning rates, and the learning rate with the best pooled held-out accuracy.
+        self,
+        plans: Sequence[Plan],
+        splits: Sequence[Sequence[tuple[Tensor, Tensor]]],
+        task: Task,
+        progress: Progress,
+    ) -> list[tuple[list[Choice], Choice]]:
+        """Return the results of all learning rates, and the one with the best pooled held-out accuracy, for each plan.
 
-        The held-out images of all `subsets` are pooled. The first learning rate is returned without training in two
-        cases: the grid has only one learning rate, or no image of a subset can be held out, because each class of this
-        subset has a single image.
+        `splits` are the results of `held_out` for the plans. The held-out images of all subsets of a plan are pooled.
+        If they are [], the first learning rate is returned without training.
         """
-        data = start.features
-        splits = [
-            held_out(rows, data.train_labels, fraction=self.val_fraction, seed=self.seed + number)
-            for number, rows in enumerate(subsets)
-        ]
-        if len(self.lrs) == 1 or any(len(out) == 0 for _, out in splits):
-            progress(self.steps * (self.trainings(0, choosing=len(subsets))))
-            return [], {"lr": float(self.lrs[0])}
-        assert data.train_positions is not None
-        grid = []
-        for lr in self.lrs:
-            places, losses = [], []
-            for number, (kept, out) in enumerate(splits):
-                net = self.train(start, task, kept, lr, number, progress)
-                logits = predict(net, task, data.train_positions[out])
-                places.append(label_rank(logits, data.train_labels[out]))
-                losses.append(F.cross_entropy(logits, data.train_labels[out], reduction="none"))
-            loss = float(torch.cat(losses).mean().nan_to_num(nan=torch.inf).clamp(max=torch.finfo(torch.float32).max))
-            grid.append({"lr": float(lr), "val_top1": accuracy(torch.cat(places), 1), "val_loss": loss})
-        return grid, grid[best(grid)]
+
+        def train(plan: Plan, number: int, kept: Tensor, out: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+            data = plan.start.features
+            assert data.train_positions is not None
+            net = self.train(plan.start, task, kept, lr, number, progress)
+            logits, labels = predict(net, task, data.train_positions[out]), data.train_labels[out]
+            return label_rank(logits, labels), F.cross_entropy(logits, labels, reduction="none")
+
+        results = iter(
+            shared_work.spread(
+                [
+                    partial(train, plan, number, kept, out, lr)
+                    for plan, rows in zip(plans, splits, strict=True)
+                    for lr in self.lrs
+                    for number, (kept, out) in enumerate(rows)
+                ]
+            )
+        )
+        chosen = []
+        for rows in splits:
+            grid = [self.choice(lr, [next(results) for _ in rows]) for lr in self.lrs] if rows else []
+            chosen.append((grid, grid[best(grid)] if grid else {"lr": float(self.lrs[0])}))
+        return chosen
+
+    def choice(self, lr: float, results: Sequence[tuple[Tensor, Tensor]]) -> Choice:
+        """Return a learning rate with its accuracy and loss on the pooled held-out images of all subsets.
+
+        `results` contains the ranks of the true classes and the losses of the held-out images of each subset.
+        """
+        places, losses = (torch.cat(parts) for parts in zip(*results, strict=True))
+        loss = float(losses.mean().nan_to_num(nan=torch.inf).clamp(max=torch.finfo(torch.float32).max))
+        return {"lr": float(lr), "val_top1": accuracy(places, 1), "val_loss": loss}
 
     def train(self, start: Start, task: Task, rows: Tensor, lr: float, number: int, progress: Progress) -> Classifier:
         """Return a network trained on a subset of the training images.
@@ -191,6 +243,7 @@ class Tuned(Recipe):
 class Finetune(Tuned):
     """The protocol `finetune`: fine-tuning on all labels of the training split."""
 
+    shares_work: ClassVar[bool] = True
     named: ClassVar[dict[str, Any]] = {"steps": 350, "warm_start": False, "batch_norm": "train", "seed": 0}
 
     def description(self, result: Mapping[str, Any]) -> str:
@@ -208,10 +261,9 @@ class Finetune(Tuned):
         """
         data = starts["trained"].features
         rows = torch.arange(len(data.train))
-        total = len(starts) * self.trainings(1, choosing=1) * self.steps
-        progress = Progress(task.screen, "fine-tuning", total=total)
-        found = {name: self.learn(start, task, [rows], choosing=1, progress=progress) for name, start in starts.items()}
-        task.screen.stop()
+        plans = [Plan(start=start, subsets=[rows]) for start in starts.values()]
+        results, net = self.learn(plans, task, title="fine-tuning")
+        found = dict(zip(starts, results, strict=True))
         trained = found["trained"]
         result = {
             "protocol": "finetune",
@@ -228,4 +280,4 @@ class Finetune(Tuned):
             result["baselines"] = {
                 "random": self.numbers(found["random"].place[0], data.num_classes) | {"chosen": found["random"].chosen}
             }
-        return Outcome(result=result, net=trained.net, positions=data.train_positions)
+        return Outcome(result=result, net=net, positions=data.train_positions)

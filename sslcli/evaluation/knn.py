@@ -167,6 +167,7 @@ class Knn(FeatureProtocol):
     """
 
     name: ClassVar[str] = "knn"
+    shares_work: ClassVar[bool] = True
 
     k: int | None = None  # None: the value of the run's monitor, or 200 without a run
     temperature: float | None = None  # None: the value of the run's monitor, or 0.07 without a run
@@ -299,6 +300,7 @@ class KnnFull(Knn):
     """
 
     name: ClassVar[str] = "knn_full"
+    shares_work: ClassVar[bool] = True
     trains_on_val: ClassVar[bool] = True
     named: ClassVar[dict[str, Any]] = {"k": 200, "temperature": 0.1}
 

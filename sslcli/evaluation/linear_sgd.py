@@ -25,15 +25,18 @@ Departures from the official code, which trains one classifier and reports the b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from sslcli.data.loader import Loader
 from sslcli.data.views.spec import View
+from sslcli.distributed import collectives, shared_work, watchdog
 from sslcli.distributed.devices import unchanged_random_state
 from sslcli.engine import precision
 from sslcli.errors import ConfigError
@@ -81,6 +84,7 @@ class LinearSgd(Protocol):
     title: ClassVar[str] = "linear probe on random crops"
     trains_on_val: ClassVar[bool] = True
     trains: ClassVar[bool] = False
+    shares_work: ClassVar[bool] = True
     named: ClassVar[dict[str, Any]] = {
         "epochs": 100,
         "schedule": "cosine",
@@ -226,32 +230,61 @@ class LinearSgd(Protocol):
         assert net is not None
         assert data.train_positions is not None
         n, width = data.train.shape
-        views = views_of(task, self.view())
-        loader = batches(task, data.train_positions, views, batch_size=self.batch_size, seed=self.seed)
+        with collectives.single_process():
+            views = views_of(task, self.view())
+            loader = batches(task, data.train_positions, views, batch_size=self.batch_size, seed=self.seed)
         is_kept = torch.ones(n, dtype=torch.bool) if kept is None else torch.isin(torch.arange(n), kept)
-        is_kept = is_kept.to(task.device)
         norm = self.norm(width).to(task.device)
         reported, selecting = (self.heads(width, data.num_classes, loader.batch_size, task) for _ in range(2))
         total = self.epochs * loader.steps_per_epoch
         progress = Progress(task.screen, f"{self.title}, {SUBJECTS[name]}", total=total)
-        with (
-            torch.no_grad(),
-            evaluating(net),
-            unchanged_random_state(task.device),
-            closing(loader.steps(0, total)) as steps,
-        ):
-            torch.manual_seed(self.seed)  # a DataLoader draws the base seed of its workers from the global generator
-            for step, (batch,) in enumerate(steps):
-                with precision.autocast(task.device, task.precision):
-                    features = layers.read(net, start.layer, batch.views[0])
-                x, y, scale = norm(features.float()), batch.label, self.factor(step, total=total)
+        with closing(self.features(start, task, loader, total)) as steps:
+            for step, (index, features) in enumerate(steps):
+                x, y, scale = norm(features), data.train_labels[index].to(task.device), self.factor(step, total=total)
                 reported.step(x, y, scale=scale)
-                rows = is_kept[batch.index]
-                if kept is not None and bool(rows.any()):
+                rows = is_kept[index].nonzero().flatten().to(task.device)
+                if kept is not None and len(rows):
                     selecting.step(x[rows], y[rows], scale=scale)
                 progress(1, f"epoch {step // loader.steps_per_epoch + 1} of {self.epochs}")
         task.screen.stop()
         return Probe(reported=reported.heads(), selecting=selecting.heads(), norm=norm.eval())
+
+    @torch.no_grad()
+    def features(
+        self, start: Start, task: Task, loader: Loader, total: int
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
+        """Yield the image numbers (N,) and the features (N, d) float32 of the random crops of each of `total` steps.
+
+        All processes yield all steps, but with W processes, a process reads and encodes only every W-th batch. A batch
+        contains the same images as with one process, so the features are the same.
+        """
+        net, rank, size = start.net, collectives.rank(), collectives.world_size()
+        assert net is not None
+        loader.stride = size
+
+        def encoded(step: int) -> Tensor:
+            watchdog.report_progress()
+            if step >= total:
+                return torch.empty(0, start.features.train.shape[1], device=task.device)
+            with collectives.single_process(), precision.autocast(task.device, task.precision):
+                (batch,) = next(steps)
+                return layers.read(net, start.layer, batch.views[0]).float()
+
+        with (
+            evaluating(net),
+            unchanged_random_state(task.device),
+            closing(loader.steps(rank, total)) as steps,
+        ):
+            torch.manual_seed(self.seed)  # a DataLoader draws the base seed of its workers from the global generator
+            for first in range(0, total, size):
+                sizes = [loader.batch_size if step < total else 0 for step in range(first, first + size)]
+                found = shared_work.gather_parts(shared_work.agreed(partial(encoded, first + rank)), sizes)
+                for step, rows in enumerate(torch.split(found, loader.batch_size), start=first):
+                    epoch, number = divmod(step, loader.steps_per_epoch)
+                    if number == 0:
+                        with collectives.single_process():
+                            order = loader.request_columns(epoch)[0]
+                    yield order[number, 0], rows
 
     def heads(self, width: int, num_classes: int, batch_size: int, task: Task) -> SgdHeads:
         """Return one untrained classifier per learning rate. The learning rates are scaled by `batch_size` / 256."""

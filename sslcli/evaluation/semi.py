@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, ClassVar
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from sslcli.data.sources.base import Source
+from sslcli.distributed import shared_work
 from sslcli.evaluation.base import Outcome
-from sslcli.evaluation.features import FeatureSet
-from sslcli.evaluation.finetune import Trained, Tuned
+from sslcli.evaluation.features import FeatureSet, computed_on
+from sslcli.evaluation.finetune import Plan, Trained, Tuned
 from sslcli.evaluation.label_list import LabelList, read_list, rows_of
 from sslcli.evaluation.linear import Linear
 from sslcli.evaluation.result import accuracy, bootstrap_runs, label_rank, top5
@@ -31,7 +32,6 @@ from sslcli.evaluation.splits import whole_training_set
 from sslcli.evaluation.subsets import subset
 from sslcli.evaluation.task import Start, Task
 from sslcli.evaluation.variants import join_parts
-from sslcli.report.console import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,7 @@ class Semi(Tuned):
     reported split.
     """
 
+    shares_work: ClassVar[bool] = True
     named: ClassVar[dict[str, Any]] = {
         "seeds": 3,
         "seed": 0,
@@ -122,19 +123,16 @@ class Semi(Tuned):
         data = starts["trained"].features
         assert data.train_positions is not None
         subsets = self.subsets(data, task.source)
-        total = len(starts) * self.trainings(self.seeds, choosing=self.seeds) * self.steps
-        progress = Progress(task.screen, "fine-tuning on few labels", total=total)
-        found = {
-            name: self.learn(start, task, subsets, choosing=self.seeds, progress=progress)
-            for name, start in starts.items()
-        }
-        task.screen.stop()
+        plans = [Plan(start=start, subsets=subsets, choosing=self.seeds) for start in starts.values()]
+        results, net = self.learn(plans, task, title="fine-tuning on few labels")
+        found = dict(zip(starts, results, strict=True))
+        probes = self.probe(starts, subsets, task) if self.linear else {}
         trained = found["trained"]
         result = {
             "protocol": "semi",
             "split": data.reported()[0],
             **self.numbers(trained.place, data.num_classes),
-            "runs": self.runs(trained),
+            "runs": self.runs(trained, data.num_classes),
             "chosen": trained.chosen,
             "grid": trained.grid,
             "n_train": len(subsets[0]),
@@ -145,18 +143,18 @@ class Semi(Tuned):
             **self.facts(),
         }
         if self.linear:
-            result["linear"] = self.numbers(probed(starts["trained"], subsets, seed=self.seed), data.num_classes)
+            result["linear"] = self.numbers(probes["trained"], data.num_classes)
         if "random" in found:
             random = self.numbers(found["random"].place, data.num_classes) | {"chosen": found["random"].chosen}
             if self.linear:
-                random["linear"] = self.numbers(probed(starts["random"], subsets, seed=self.seed), data.num_classes)
+                random["linear"] = self.numbers(probes["random"], data.num_classes)
             result["baselines"] = {"random": random}
         # Before, a fraction was that of the split "train", also if val was no reported split.
         larger = self.label_fraction is not None and not bool(
             torch.isin(data.train_positions, task.source.splits["train"]).all()
         )
         variant = "train-and-val" if larger else ""
-        return Outcome(result=result, net=trained.net, positions=data.train_positions[subsets[0]], variant=variant)
+        return Outcome(result=result, net=net, positions=data.train_positions[subsets[0]], variant=variant)
 
     def subsets(self, data: FeatureSet, source: Source) -> Sequence[Tensor]:
         """Return the rows (k,) of the labeled images in `data.train` for each of S seeds.
@@ -196,21 +194,36 @@ class Semi(Tuned):
             "interval": list(interval),
         }
 
-    def runs(self, trained: Trained) -> Sequence[Mapping[str, float]]:
+    def runs(self, trained: Trained, num_classes: int) -> Sequence[Mapping[str, float]]:
         """Return the accuracies for each seed."""
-        pairs = zip(trained.top(1), trained.top(5), strict=True)
+        pairs = zip(trained.top(1, num_classes=num_classes), trained.top(5, num_classes=num_classes), strict=True)
         return [{"seed": self.seed + n, "top1": one, "top5": five} for n, (one, five) in enumerate(pairs)]
 
+    def probe(self, starts: Mapping[str, Start], subsets: Sequence[Tensor], task: Task) -> dict[str, Tensor]:
+        """Fit a linear probe of the frozen features of each network on each of S subsets of the training images.
 
-def probed(start: Start, subsets: Sequence[Tensor], *, seed: int) -> Tensor:
-    """Fit a linear probe of frozen features on each of S subsets of the training images, and return ranks (S, m).
+        Returns ranks (S, m) by the names of the networks. The ranks are those of the true classes of the m images of
+        the reported split. The best rank is 0. The processes share the probes.
+        """
+        names = [name for name in ("trained", "random") if name in starts]
+        jobs = [
+            partial(probed, starts[name].features, rows, seed=self.seed + number, device=task.device)
+            for name in names
+            for number, rows in enumerate(subsets)
+        ]
+        places = torch.stack(shared_work.spread(jobs)).split(len(subsets))  # type: ignore[no-untyped-call]
+        return dict(zip(names, places, strict=True))
 
-    The ranks are those of the true classes of the m images of the reported split. The best rank is 0.
+
+def probed(data: FeatureSet, rows: Tensor, *, seed: int, device: torch.device) -> Tensor:
+    """Fit a linear probe on the training features at `rows` (k,), and return the ranks (m,) on the reported split.
+
+    The ranks are those of the true classes of the m images. The best rank is 0. The probe is computed on `device`.
     """
-    data = start.features
     _, x, y = data.reported()
-    places = []
-    for number, rows in enumerate(subsets):
-        head = Linear(seed=seed + number).head(data.train[rows], data.train_labels[rows], num_classes=data.num_classes)
-        places.append(label_rank(torch.addmm(head.bias, x.float(), head.weight.T), y))
-    return torch.stack(places)
+
+    def fit(train: Tensor, labels: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        head = Linear(seed=seed).head(train, labels, num_classes=data.num_classes)
+        return label_rank(torch.addmm(head.bias, x.float(), head.weight.T), y)
+
+    return computed_on(device, fit, data.train[rows], data.train_labels[rows], x, y).cpu()

@@ -14,6 +14,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +30,7 @@ from sslcli.engine import precision
 from sslcli.errors import ConfigError
 from sslcli.evaluation import layers
 from sslcli.evaluation.base import Protocol
-from sslcli.evaluation.features import extract
+from sslcli.evaluation.features import computed_on, extract
 from sslcli.evaluation.linear import Linear
 from sslcli.evaluation.network import Classifier, parameter_groups, set_mode
 from sslcli.evaluation.result import accuracy, bootstrap_interval, top5
@@ -231,8 +232,12 @@ def predict(classifier: Classifier, task: Task, positions: Tensor) -> Tensor:
 
 
 def warm(classifier: Classifier, features: Tensor, labels: Tensor, *, seed: int) -> dict[str, float]:
-    """Initialize the classifier with a linear probe of frozen features (n, d). Return the probe's hyperparameters."""
-    found = Linear(seed=seed).head(features, labels, num_classes=classifier.classify.out_features)
+    """Initialize the classifier with a linear probe of frozen features (n, d). Return the probe's hyperparameters.
+
+    The probe is computed on the device of the classifier.
+    """
+    fit_head = partial(Linear(seed=seed).head, num_classes=classifier.classify.out_features)
+    found = computed_on(classifier.classify.weight.device, fit_head, features, labels)
     with torch.no_grad():
         classifier.classify.weight.copy_(found.weight)
         classifier.classify.bias.copy_(found.bias)

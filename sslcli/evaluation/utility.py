@@ -41,12 +41,11 @@ from typing import Any, ClassVar
 import torch
 
 from sslcli.evaluation.base import Outcome, trained_and_measured
-from sslcli.evaluation.finetune import Tuned
+from sslcli.evaluation.finetune import Plan, Tuned
 from sslcli.evaluation.result import bootstrap_runs
 from sslcli.evaluation.subsets import log_spaced, subset
 from sslcli.evaluation.task import Start, Task
 from sslcli.evaluation.variants import join_parts
-from sslcli.report.console import Progress
 from sslcli.report.svg_plot import curves
 
 
@@ -236,6 +235,7 @@ class Utility(Tuned):
     learning rate grid. The sizes of the subsets are log-spaced.
     """
 
+    shares_work: ClassVar[bool] = True
     named: ClassVar[dict[str, Any]] = {
         "seeds": 3,
         "seed": 0,
@@ -289,23 +289,25 @@ class Utility(Tuned):
         assert data.train_positions is not None
         total = len(data.train)
         counts = log_spaced(self.smallest, total, self.points)
-        trainings = 2 * len(counts) * self.trainings(self.seeds, choosing=1)
-        progress = Progress(task.screen, "utility", total=trainings * self.steps)
-        points, places = [], {}
-        for count in counts:
-            subsets = [
+        subsets = [
+            [
                 subset(data.train_positions, data.train_labels, seed=self.seed + number, fraction=count / total)
                 for number in range(self.seeds)
             ]
-            point: dict[str, Any] = {"labels": len(subsets[0])}
-            for arm, start in starts.items():
-                found = self.learn(start, task, subsets, choosing=1, progress=progress)
-                top1 = found.top(1)
+            for count in counts
+        ]
+        plans = [Plan(start=start, subsets=rows) for rows in subsets for start in starts.values()]
+        results = iter(self.learn(plans, task, title="utility")[0])
+        points, places = [], {}
+        for rows in subsets:
+            point: dict[str, Any] = {"labels": len(rows[0])}
+            for arm in starts:
+                found = next(results)
+                top1 = found.top(1, num_classes=data.num_classes)
                 deviation = stdev(top1) if len(top1) > 1 else None
                 point[arm] = {"top1": fmean(top1), "std": deviation, "runs": top1, "chosen": found.chosen}
                 places[arm] = found.place
             points.append(point)
-        task.screen.stop()
         self.add_utilities(points)
         last = points[-1]
         means = ([point[arm]["top1"] for point in points] for arm in ("trained", "random"))

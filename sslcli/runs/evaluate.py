@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -17,7 +20,7 @@ from torch import nn
 from sslcli import __version__
 from sslcli.config.run_config import EvalConfig
 from sslcli.data.sources.base import Source
-from sslcli.distributed import devices
+from sslcli.distributed import collectives, devices, processes, shared_work
 from sslcli.engine import checkpoint
 from sslcli.engine.precision import autocast
 from sslcli.errors import (
@@ -25,6 +28,7 @@ from sslcli.errors import (
     EXIT_FAILED,
     EXIT_STOPPED,
     ConfigError,
+    ProcessLost,
     TrainingFailed,
     first_line,
     is_out_of_memory,
@@ -32,7 +36,7 @@ from sslcli.errors import (
     user_code,
 )
 from sslcli.evaluation import layers
-from sslcli.evaluation.base import Outcome, Protocol, check_outcome, described
+from sslcli.evaluation.base import Outcome, Protocol, check_outcome, described, shares_work
 from sslcli.evaluation.splits import check_answers, check_reported, unanswerable
 from sslcli.evaluation.variants import join_parts
 from sslcli.methods.base import Method
@@ -40,13 +44,20 @@ from sslcli.nn.modes import evaluating
 from sslcli.report.console import Screen
 from sslcli.report.evaluation_tables import comparison, details, summary
 from sslcli.runs import fine_tuned
+from sslcli.runs.agreement import check_agreement
 from sslcli.runs.build import build, find_class
 from sslcli.runs.evaluation import Evaluation, Starts, check_results_dir
 from sslcli.runs.image_changes import warn_of_changes
 from sslcli.runs.out_of_memory import evaluation_message
 from sslcli.runs.result_name import dataset_facts
 from sslcli.runs.subject import Subject, load_subject
+from sslcli.system.launch_variables import AGENT
 from sslcli.system.memory import keep_freed_memory
+
+WAIT = 5.0  # seconds that ranks other than 0 wait before they print, see _end
+LONGEST = 30 * 86400.0  # maximum seconds in which one process waits for another
+LOST_CONTACT = "another process of this evaluation ended; run the same command again to continue with cached features"
+MAY_DIFFER = ("launcher", "device", "workers")  # settings that may differ between processes
 
 
 class StoppedBySignal(BaseException):
@@ -57,11 +68,17 @@ class StoppedBySignal(BaseException):
 
 
 def run(config: EvalConfig) -> int:
-    """Run ssl-eval with a validated configuration, and return the exit code."""
+    """Run ssl-eval with a validated configuration in this process, and return the exit code."""
     try:
         return _run_with_signal_handlers(config)
     except StoppedBySignal as stopped:
-        print_error("eval", f"stopped by {stopped}; complete features are cached: run the same command again to resume")
+        if AGENT in os.environ:  # our agent prints the message, unless it ended this process after another one failed
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        if processes.number() == 0:
+            print_error(
+                "eval", f"stopped by {stopped}; complete features are cached: run the same command again to resume"
+            )
         return EXIT_STOPPED
 
 
@@ -85,27 +102,75 @@ def _run_with_signal_handlers(config: EvalConfig) -> int:
 
 
 def _run_with_messages(config: EvalConfig) -> int:
-    """Evaluate, and print a message if the configuration is invalid or the machine fails."""
+    """Evaluate, and print a message if the configuration is invalid, or if the machine or another process fails."""
     try:
         device = devices.pick_device(config.device)
         keep_freed_memory()
+        if processes.is_launched() or config.launcher.threads is not None:
+            devices.set_threads(config.launcher.threads)
         devices.prepare(device, deterministic=True)
-        with Screen() as screen:
-            path = None if config.run is None else Path(config.run)
-            if path is not None and not (path / "config.yaml").exists():
-                return _evaluate_folder(path, config, device, screen)
-            result = evaluate(config, device, screen)
-            details(result, screen)
-            summary(Path(result["results_dir"]), screen)
-        return 0
+        with _all_processes(config, device), Screen(silent=not collectives.is_main()) as screen:
+            return _run(config, device, screen)
+    except ProcessLost as error:
+        return _end(error, processes.exit_lost())
     except (ValueError, TrainingFailed) as error:
-        return report(error)
+        return _end(error, exit_code(error))
+    except RuntimeError as error:
+        if processes.lost_contact(error):
+            # The process that was lost prints why it ended, unless the network connection failed.
+            return _end(f"{LOST_CONTACT} (noticed here: {first_line(error)})", processes.exit_lost(), wait=2 * WAIT)
+        raise
 
 
-def report(error: Exception) -> int:
-    """Print the error of an evaluation, and return its exit code."""
-    print_error("eval", error)
+@contextmanager
+def _all_processes(config: EvalConfig, device: torch.device) -> Iterator[None]:
+    """Join the processes of the evaluation within the `with` block, if a launcher started several."""
+    if not processes.is_launched():
+        yield
+        return
+    limit = config.launcher.timeout_seconds
+    # A process may wait for a long time until rank 0 has trained. The watchdog ends processes that hang.
+    with processes.process_group(device, limit=limit, end=_end_stalled_process, timeout=LONGEST):
+        check_agreement({name: value for name, value in asdict(config).items() if name not in MAY_DIFFER})
+        yield
+
+
+def _run(config: EvalConfig, device: torch.device, screen: Screen) -> int:
+    """Evaluate a run, a weight file or a folder of runs, print the tables, and return the exit code."""
+    path = None if config.run is None else Path(config.run)
+    if path is not None and not (path / "config.yaml").exists():
+        return _evaluate_folder(path, config, device, screen)
+    result = evaluate(config, device, screen)
+    if collectives.is_main():
+        details(result, screen)
+        summary(Path(result["results_dir"]), screen)
+    return 0
+
+
+def exit_code(error: Exception) -> int:
+    """Return the exit code for the error of an evaluation."""
     return EXIT_FAILED if isinstance(error, TrainingFailed) else EXIT_CONFIG
+
+
+def _end(message: BaseException | str, code: int, *, wait: float = WAIT) -> int:
+    """Print why this process ends, and return the exit code.
+
+    If all processes end for the same reason, the reason is printed only once: ranks other than 0 first wait `wait`
+    seconds, in which the launcher ends them. Rank 0 waits only for a process that it lost contact with.
+    """
+    if processes.number() > 0 or wait != WAIT:
+        time.sleep(wait)
+    print_error("eval", message)
+    return code
+
+
+def _end_stalled_process(message: str) -> None:
+    """End this process from its watchdog thread. If `message` is "", another process prints the message."""
+    if message:
+        print_error("eval", message)
+    else:
+        time.sleep(WAIT)
+    os._exit(EXIT_FAILED)
 
 
 def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, screen: Screen) -> int:
@@ -117,15 +182,17 @@ def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, scr
     runs = sorted(path.parent for path in folder.glob("*/config.yaml") if checkpoint.all_of(path.parent))
     if not runs:
         raise ConfigError(f"{folder} is neither a run directory nor a directory of runs with checkpoints")
-    rows, codes = [], {0}
+    rows, codes, is_main = [], {0}, collectives.is_main()
     for number, path in enumerate(runs, start=1):
         screen.say(f"[{number}/{len(runs)}] {path}")
         try:
             rows.append(evaluate(replace(config, run=str(path)), device, screen))
         except (ValueError, TrainingFailed) as error:
             screen.stop()
-            codes.add(report(error))
-    if rows:
+            codes.add(exit_code(error))
+            if is_main:
+                print_error("eval", error)
+    if rows and is_main:
         comparison(rows, screen)
         for line in dict.fromkeys(row["description"] for row in rows):
             screen.say(line)
@@ -134,12 +201,13 @@ def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, scr
     return max(codes)
 
 
-@user_code("evaluating", passes=lambda error: isinstance(error, ValueError))
+@user_code("evaluating", passes=lambda error: isinstance(error, ValueError) or _is_lost_contact(error))
 def evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[str, Any]:
     """Evaluate one checkpoint or weight file, write the result file, and return the result.
 
-    The returned result contains `results_dir`, the folder of the result file. Raises ConfigError if the evaluation
-    runs out of memory.
+    The returned result contains `results_dir`, the folder of the result file. With several processes, only rank 0
+    writes files and returns the result, and all other processes return {}. Raises ConfigError if the evaluation runs
+    out of memory.
     """
     try:
         return _evaluate(config, device, screen)
@@ -149,10 +217,35 @@ def evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[s
         raise
 
 
+def _is_lost_contact(error: BaseException) -> bool:
+    return isinstance(error, Exception) and processes.lost_contact(error)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """An evaluation before the first feature is computed: the protocol, its settings, and the network with images."""
+
+    evaluation: Evaluation
+    protocol: Protocol
+    node: dict[str, Any]
+
+
 def _evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[str, Any]:
     started = time.perf_counter()
+    prepared = shared_work.agreed(partial(prepare, config, device, screen))
+    steps = collectives.gather_objects(prepared.evaluation.subject.provenance.get("step"))
+    if steps[0] is not None and len(set(steps)) > 1:  # a checkpoint was saved while the processes started
+        prepared = shared_work.agreed(partial(prepare, replace(config, checkpoint=steps[0]), device, screen))
+    outcome = run_protocol(prepared.evaluation, prepared.protocol, prepared.node)
+    write = partial(write_result, outcome, prepared, started)
+    return shared_work.agreed(write if collectives.is_main() else dict)
+
+
+def prepare(config: EvalConfig, device: torch.device, screen: Screen) -> Prepared:
+    """Load the network and the images, build the protocol, and check that accuracies can be reported."""
     subject, source = load_subject(config, device)
-    check_results_dir(subject.results_dir)
+    if collectives.is_main():
+        check_results_dir(subject.results_dir)
     if subject.image_size not in (None, source.image_size):
         screen.say(
             f"images are evaluated at {source.image_size} pixels, but the network was trained at {subject.image_size}: "
@@ -174,16 +267,25 @@ def _evaluate(config: EvalConfig, device: torch.device, screen: Screen) -> dict[
     for name in reported:
         if warning := unanswerable(source, splits["train"], splits[name]):
             screen.warn(f"of the images of {name} {warning}")
-    evaluation = Evaluation(config, device, screen, subject, source, splits, variant=protocol.variant(subject.monitor))
-    outcome = run_protocol(evaluation, protocol, node)
+    variant = protocol.variant(subject.monitor)
+    return Prepared(Evaluation(config, device, screen, subject, source, splits, variant=variant), protocol, node)
+
+
+def write_result(outcome: Outcome | None, prepared: Prepared, started: float) -> dict[str, Any]:
+    """Write the result file and the files of the protocol, and return the result.
+
+    `started` is the start time of the evaluation, by time.perf_counter.
+    """
+    assert outcome is not None
+    evaluation, subject, source = prepared.evaluation, prepared.evaluation.subject, prepared.evaluation.source
     evaluation.variant = join_parts(outcome.variant, evaluation.variant)
     result = outcome.result | write_outcome(outcome, evaluation)
     normalization = "normalized" if subject.views.normalize else "not normalized,"
     result |= {
         "measured": evaluation.quantity(result["protocol"]),
-        "description": described(protocol, outcome.result),
+        "description": described(prepared.protocol, outcome.result),
         **subject.provenance,
-        "protocol_settings": {key: value for key, value in node.items() if key != "_target_"},
+        "protocol_settings": {key: value for key, value in prepared.node.items() if key != "_target_"},
         "feature_layer": evaluation.layer,
         "evaluated_part": evaluation.evaluated_part,
         "transform": f"test transform at {source.image_size} px, {normalization} as in pre-training",
@@ -221,24 +323,35 @@ def build_protocol(config: EvalConfig, subject: Subject) -> tuple[dict[str, Any]
     return node, build(node, base=Protocol, trust=config.trust, where="protocol")
 
 
-def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any]) -> Outcome:
+def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any]) -> Outcome | None:
     """Run the protocol on the trained network and the baselines. Return its `Outcome`, such as the accuracies.
 
-    `node` contains the settings of the protocol.
+    `node` contains the settings of the protocol. With several processes, the result is None on all ranks but rank 0
+    unless the protocol shares its work.
     """
-    trained = evaluation.subject.net("trained")
-    check_images_fit(evaluation, trained)
-    example = evaluation.task().example()
-    evaluation.evaluated_part = trained.evaluated_part if isinstance(trained, Method) else evaluation.evaluated_part
-    evaluation.layer, evaluation.default_layer = protocol.choose_layer(
-        evaluation.config.feature_layer, trained, example
-    )
+
+    def choose_layer() -> nn.Module:
+        trained = evaluation.subject.net("trained")
+        check_images_fit(evaluation, trained)
+        example = evaluation.task().example()
+        if isinstance(trained, Method):
+            evaluation.evaluated_part = trained.evaluated_part
+        evaluation.layer, evaluation.default_layer = protocol.choose_layer(
+            evaluation.config.feature_layer, trained, example
+        )
+        return trained
+
+    trained = shared_work.agreed(choose_layer)
     names = ("trained", *(protocol.baselines if evaluation.config.baselines else ()))
-    starts = Starts(evaluation, names, trained, keep=protocol.trains)
+    starts = Starts(evaluation, names, trained, keep=protocol.trains, on_main=not shares_work(protocol))
     task = evaluation.task(fine_tuned=partial(fine_tuned.load, evaluation), kept=partial(evaluation.baseline, node))
-    outcome = protocol(starts, task)
-    check_outcome(outcome, protocol)
-    return outcome
+
+    def call() -> Outcome:
+        outcome = protocol(starts, task)
+        check_outcome(outcome, protocol)
+        return outcome
+
+    return starts.call_on_main(call) if starts.on_main else call()
 
 
 def check_images_fit(evaluation: Evaluation, net: nn.Module) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from sslcli import __version__
 from sslcli.config.run_config import EvalConfig
 from sslcli.data.bad_images import BadImage, BadImages
 from sslcli.data.sources.base import Source
+from sslcli.distributed import collectives, shared_work, watchdog
 from sslcli.errors import ConfigError, TrainingFailed, is_disk_failure
 from sslcli.evaluation import layers
 from sslcli.evaluation.features import FeatureSet, cached, from_bank, pixels
@@ -37,6 +38,7 @@ from sslcli.system import atomic
 from sslcli.system.stored import read_json, read_or_set_aside
 
 PATH_KEYS = ("run", "weights", "checkpoint")  # paths in the provenance; features do not depend on these paths
+T = TypeVar("T")
 WEIGHT_KEYS = ("checkpoint_sha256", "step")  # keys of the provenance that do not affect an untrained network
 
 
@@ -135,10 +137,11 @@ class Evaluation:
                 tensors = compute()
             else:
                 key = json.dumps(self.key(name))
+                self.check_same(key)
                 path = self.subject.results_dir / "features" / f"{name}_{short_digest(key)}.pt"
                 tensors = cached(path, key, compute, warn=self.screen.warn)
         if name == "trained":
-            self.warn_unreadable(tensors)
+            shared_work.agreed(lambda: self.warn_unreadable(tensors) if collectives.is_main() else None)
         found = FeatureSet(**tensors, num_classes=len(self.source.classes), classes=tuple(self.source.classes))
         if name != "trained" or self.layer != layers.BANK:
             return found
@@ -146,6 +149,16 @@ class Evaluation:
         rows = net.stored()
         assert rows is not None  # check_layer has raised an error if there is no bank
         return from_bank(found, rows, self.source.splits["train"])
+
+    def check_same(self, key: str) -> None:
+        """Raise ConfigError on all processes unless all of them have the same images and weights, in `key`."""
+        digests = collectives.gather_objects(short_digest(key))
+        other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+        if other is not None:
+            raise ConfigError(
+                f"process {other} has other images or weights than process 0: give all processes the same files, and "
+                "do not change the files during the evaluation"
+            )
 
     def check_layer(self, net: nn.Module) -> None:
         """Check the feature layer.
@@ -245,15 +258,20 @@ class Evaluation:
             / "features"
             / f"{name}_{node['_target_'].rpartition('.')[2].lower()}_{short_digest(key)}.json"
         )
-        stored = read_or_set_aside(
-            partial(read_json, path, Score, remedy="remove it"),
-            warn=self.screen.warn,
-            consequence="the baseline is measured again",
-        )
+
+        def load() -> Score | None:
+            return read_or_set_aside(
+                partial(read_json, path, Score, remedy="remove it"),
+                warn=self.screen.warn,
+                consequence="the baseline is measured again",
+            )
+
+        is_main = collectives.is_main()
+        stored = collectives.gather_objects(shared_work.agreed(load if is_main else lambda: None))[0]
         if stored is not None:
             return dict(stored)
         found = measure()
-        self.write(path, json.dumps(found).encode())
+        shared_work.agreed(lambda: self.write(path, json.dumps(found).encode()) if is_main else None)
         return found
 
     def write(self, path: Path, content: bytes) -> None:
@@ -268,17 +286,22 @@ class Evaluation:
 class Starts(Mapping[str, Start]):
     """The trained network and the baselines, each as a `Start` (a network and its features), by name.
 
-    The network of an item is built, and its features are extracted, when the item is accessed.
+    The network of an item is built, and its features are extracted, when the item is accessed. All processes extract
+    the features together.
 
     Args:
         evaluation: the evaluation.
         names: keys of the mapping: "trained", and the names of the baselines.
         trained: the trained network.
         keep: if True, keep networks and features in memory, for protocols that use them several times.
+        on_main: True if only rank 0 accesses the items, within `call_on_main`. False if all processes access the same
+            items in the same order.
     """
 
-    def __init__(self, evaluation: Evaluation, names: Sequence[str], trained: nn.Module, *, keep: bool) -> None:
-        self.evaluation, self.names, self.trained, self.keep = evaluation, names, trained, keep
+    def __init__(
+        self, evaluation: Evaluation, names: Sequence[str], trained: nn.Module, *, keep: bool, on_main: bool = True
+    ) -> None:
+        self.evaluation, self.names, self.trained, self.keep, self.on_main = evaluation, names, trained, keep, on_main
         self.kept: dict[str, Start] = {}
 
     def __getitem__(self, name: str) -> Start:
@@ -286,13 +309,47 @@ class Starts(Mapping[str, Start]):
             raise KeyError(name)
         if name in self.kept:
             return self.kept[name]
-        net: nn.Module | None = None  # the baseline "pixels" has no network
-        if name != "pixels":
-            net = self.trained if name == "trained" else self.evaluation.subject.net(name)
-        start = Start(net=net, layer=self.evaluation.layer, features=self.evaluation.features(name, net))
+        with collectives.all_processes():
+            if self.on_main:
+                collectives.broadcast_objects([name])
+            start = self.start(name)
         if self.keep:
             self.kept[name] = start
         return start
+
+    def start(self, name: str) -> Start:
+        """Build a network, and extract its features. All processes must call the function."""
+        net: nn.Module | None = None  # the baseline "pixels" has no network
+        if name != "pixels":
+            net = self.trained if name == "trained" else shared_work.agreed(lambda: self.evaluation.subject.net(name))
+        return Start(net=net, layer=self.evaluation.layer, features=self.evaluation.features(name, net))
+
+    def call_on_main(self, compute: Callable[[], T]) -> T | None:
+        """Return `compute()` on rank 0, and None on all other processes.
+
+        Rank 0 acts like a run with one process within `compute`. The other processes wait, and help to extract the
+        features of an item when `compute` accesses it.
+        """
+
+        def main() -> T:
+            with collectives.single_process(), watchdog.busy():
+                try:
+                    return compute()
+                finally:
+                    with collectives.all_processes():
+                        collectives.broadcast_objects([None])
+
+        def help_main() -> None:
+            name = [""]
+            while True:
+                collectives.broadcast_objects(name)
+                if name[0] is None:
+                    return
+                # An error is raised on all processes, and rank 0 handles it.
+                with suppress(ValueError, TrainingFailed, MemoryError):
+                    self.start(name[0])
+
+        return shared_work.agreed(main if collectives.is_main() else help_main)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,19 +47,10 @@ def launch(job: dict[str, Any]) -> int:
         and kind == "multi"
         and (config.find_batch_size or not config.dry_run)
     ):
-        from sslcli.distributed.elastic import run_processes
-
         if config.find_batch_size:  # every process would print an error
             check_device_of_search(config)
-        with tempfile.TemporaryDirectory(prefix="sslcli-") as folder:
-            path = Path(folder) / "config.json"
-            path.write_text(json.dumps(config.plain()), encoding="utf-8")
-            return run_processes(
-                [*child_processes.arguments("sslcli.runs.launch"), str(path)],
-                processes=config.launcher.processes,
-                max_restarts=config.launcher.max_restarts,
-                on_message=partial(log_and_print, config.directory),
-            )
+        on_message = partial(log_and_print, config.directory)
+        return run_on_this_node("sslcli.runs.launch", config.plain(), config.launcher, on_message=on_message)
     gc.disable()  # hardly any object that is created before the first step can be freed
     try:
         from sslcli.runs.worker import run
@@ -74,6 +66,27 @@ def check_device_of_search(config: RunConfig) -> None:
     from sslcli.runs.batch_size_search import configured
 
     configured(config, pick_device(config.device))
+
+
+def run_on_this_node(
+    module: str, job: dict[str, Any], launcher: MultiSettings, *, on_message: Callable[[str], None], **options: Any
+) -> int:
+    """Run `python -m MODULE CONFIG.json` in several processes of this node, and return one exit code for all.
+
+    `job` is the content of CONFIG.json. `on_message` and `options` are arguments of `run_processes`.
+    """
+    from sslcli.distributed.elastic import run_processes
+
+    with tempfile.TemporaryDirectory(prefix="sslcli-") as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(job), encoding="utf-8")
+        return run_processes(
+            [*child_processes.arguments(module), str(path)],
+            processes=launcher.processes,
+            max_restarts=launcher.max_restarts,
+            on_message=on_message,
+            **options,
+        )
 
 
 def with_old_settings(config: RunConfig) -> RunConfig:

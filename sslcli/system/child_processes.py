@@ -32,24 +32,27 @@ def arguments(module: str, *, ours: bool = True) -> list[str]:
     return ["-c", f"{WITHOUT}runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"]
 
 
-def given_arguments(module: str, *names: str, launcher: str, variables: Sequence[str]) -> list[str]:
-    """Return the command-line arguments of this process, which runs `module` as a child process of ssl-train.
+def given_arguments(
+    module: str, *names: str, launcher: str, variables: Sequence[str], command: str = "ssl-train"
+) -> list[str]:
+    """Return the command-line arguments of this process, which runs `module` as a child process of a command.
 
     Args:
         module: name of the module.
         names: names of its arguments, for the message.
-        launcher: value of `launcher=...` with which ssl-train runs the module.
+        launcher: value of `launcher=...` with which the command runs the module.
         variables: environment variables that the launcher sets.
+        command: the command that runs the module: ssl-train or ssl-eval.
 
     Raises ConfigError if the number of arguments is wrong or a variable is missing. The cause is usually that a user
-    ran the module directly, instead of ssl-train.
+    ran the module directly, instead of the command.
     """
     missing = [name for name in variables if name not in os.environ]
     if len(sys.argv) != len(names) + 1 or missing:
         reason = f"the environment variable {missing[0]} is missing. " if missing else ""
         raise ConfigError(
-            f"{reason}usage: python -m {module} {' '.join(names)}. ssl-train launcher={launcher} runs this module in "
-            "its processes: run ssl-train instead"
+            f"{reason}usage: python -m {module} {' '.join(names)}. {command} launcher={launcher} runs this module in "
+            f"its processes: run {command} instead"
         )
     return sys.argv[1:]
 
