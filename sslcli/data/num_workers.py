@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sslcli.distributed.collectives import is_main
 from sslcli.errors import ConfigError
 from sslcli.system import cpu
 from sslcli.system.launch_variables import local_world_size
@@ -84,11 +85,11 @@ class BatchMemory:
     def reduced_workers(self, workers: int) -> int:
         """Return the largest number of data workers, at most `workers`, that need a fraction of the available memory.
 
-        If the number is less than `workers`, a warning explains why.
+        If the number is less than `workers`, a warning of the main process explains why.
         """
         room = int(MEMORY_FRACTION * available_memory())
         fitting = max(number for number in range(workers + 1) if self.total(number) <= room)
-        if fitting < workers:
+        if fitting < workers and is_main():
             warnings.warn(
                 f"{fitting} data workers per process instead of {workers} read the images, because {workers} would "
                 f"need about {gigabytes(self.total(workers))} GB, more than half of the available memory "
