@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import sslcli
+from sslcli.data.views.augment import _reflected_shifts
+from sslcli.distributed.devices import constant
 
 CUDA = torch.device("cuda:0")
 CPU = torch.device("cpu")
@@ -147,6 +149,9 @@ def counted() -> Iterator[Synchronizations]:
         lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)  # copies of torch.tensor(..., device=CUDA) become visible
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifts)
+        for cached in (constant, _reflected_shifts):  # tensors on the simulated device must not remain
+            cached.cache_clear()
+            stack.callback(cached.cache_clear)
         yield stack.enter_context(Synchronizations())
 
 

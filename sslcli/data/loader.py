@@ -33,6 +33,7 @@ from sslcli.data.views import augment
 from sslcli.data.views.views import Views
 from sslcli.data.workers import DEFAULT_TIMEOUT, iterate_batches
 from sslcli.distributed.collectives import rank, world_size
+from sslcli.distributed.devices import copy_to
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Batch
 
@@ -234,7 +235,7 @@ class Loader:
         """
         view, key = repeat_for_views(numbers, key)
         height, width = (torch.full((len(key),), side) for side in images.shape[2:])
-        boxes = self.views.boxes(view, key, height, width).to(self.device, non_blocking=self.device.type == "cuda")
+        boxes = copy_to(self.device, self.views.boxes(view, key, height, width))
         size = self.views.sizes(self.source.image_size)[numbers[0]]
         interpolation = self.views.views[numbers[0]].interpolation
         return augment.resized_crop(images.repeat(len(numbers), 1, 1, 1), boxes, size, interpolation=interpolation)

@@ -73,7 +73,7 @@ def copy_to(device: torch.device, values: Tensor, dtype: torch.dtype | None = No
     Copies to MPS block. A copy that does not block reads the memory of `values` later there, when the memory of a
     temporary tensor may already be in use again.
     """
-    return values.to(device=device, dtype=dtype, non_blocking=device.type == "cuda")
+    return values.to(device, dtype, non_blocking=device.type == "cuda")
 
 
 @lru_cache(maxsize=64)

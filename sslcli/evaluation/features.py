@@ -25,7 +25,7 @@ from torch import Tensor
 
 from sslcli.data.loader import plain_batches
 from sslcli.distributed import collectives, shared_work, watchdog
-from sslcli.distributed.devices import unchanged_random_state
+from sslcli.distributed.devices import copy_to, unchanged_random_state
 from sslcli.engine.precision import DTYPES, autocast
 from sslcli.errors import ConfigError, NotFinite, is_out_of_memory
 from sslcli.system import atomic
@@ -273,7 +273,7 @@ def _encode_batch(
     The images are first scaled to [0, 1]. `prepare` then converts them, for example by normalization, to the input of
     `encode`.
     """
-    prepared = prepare(images.to(device, non_blocking=True).float() / 255)
+    prepared = prepare(copy_to(device, images).float() / 255)
     with autocast(device, precision):
         features = encode(prepared.contiguous(memory_format=torch.channels_last))
     if features.ndim != 2 or len(features) != len(images):

@@ -216,7 +216,7 @@ def test_the_number_of_threads_is_the_first_that_is_set(monkeypatch: pytest.Monk
 
 def test_only_copies_to_cuda_do_not_wait() -> None:
     class Values(torch.Tensor):
-        def to(self, **options: Any) -> Any:
+        def to(self, *_: Any, **options: Any) -> Any:
             return options["non_blocking"]
 
     values = torch.zeros(2).as_subclass(Values)
