@@ -17,7 +17,7 @@ def dali_batches(root: Path, size: int, batch: int, threads: int, plan: Plan) ->
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
-    where = "gpu" if plan.on_gpu else "cpu"
+    decoder = "mixed" if plan.on_gpu else "cpu"  # mixed: from the host to the GPU
 
     @pipeline_def(batch_size=batch, num_threads=threads, device_id=0 if plan.on_gpu else None, seed=0)
     def pipeline():  # type: ignore[no-untyped-def]
@@ -26,7 +26,6 @@ def dali_batches(root: Path, size: int, batch: int, threads: int, plan: Plan) ->
         views = []
         for _ in range(2):
             start, shape = fn.random_crop_generator(shapes, random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3])
-            decoder = "mixed" if plan.on_gpu else "cpu"
             view = fn.decoders.image_slice(files, start, shape, axes=[0, 1], device=decoder)
             view = fn.resize(view, size=[size, size], antialias=True)
             jitter = {name: fn.random.uniform(range=[0.6, 1.4]) for name in ("brightness", "contrast", "saturation")}
@@ -36,7 +35,7 @@ def dali_batches(root: Path, size: int, batch: int, threads: int, plan: Plan) ->
             views.append(
                 fn.crop_mirror_normalize(view, mirror=flipped, dtype=types.FLOAT, std=[255.0] * 3, output_layout="CHW")
             )
-        return tuple(view.gpu() for view in views) if where == "gpu" else tuple(views)
+        return tuple(views)
 
     iterator = DALIGenericIterator([pipeline()], ["one", "two"], reader_name=None, size=-1)
     for (views,) in iterator:

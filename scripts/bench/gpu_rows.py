@@ -22,6 +22,7 @@ import gpu_parts
 import gpu_sides
 from gpu_timing import Plan
 from measure import Result, run_benchmark
+from training import LIGHTLY
 from workload import Workload
 
 import sslcli
@@ -55,7 +56,7 @@ def workload(name: str, plan: Plan) -> Workload:
 def step_row(method: str, work: str, compiled: bool, deterministic: bool) -> Row:
     """Return the row of a training step on images that are on the device."""
     sides = ["sslcli"]
-    if method in gpu_sides.LIGHTLY and not deterministic:
+    if method in LIGHTLY and not deterministic:
         sides += ["lightly best"] if compiled else ["lightly", "lightly best"]
 
     def measure(side: str, plan: Plan) -> Result:

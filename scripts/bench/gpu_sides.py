@@ -16,7 +16,7 @@ from measure import Result
 from pictures import file_paths, image_folder
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from training import LIGHTLY, build_lightly_step
+from training import build_lightly_step
 from views import PHOTO, TransformedImages, lightly_transform
 from workload import Workload, cifar_resnet18
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sslcli.data.sources.base import Source
     from sslcli.engine.run import Run
 
-__all__ = ["LIGHTLY", "LOADERS"]
 FILES = (PHOTO[0], 2048)  # (width, height), about the size of ImageNet's images, and number of files
 TOY_FILES = ((40, 30), 32)
 COMPARABLE = {  # the heads and the queue of lightly's examples
