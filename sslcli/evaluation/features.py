@@ -91,7 +91,8 @@ def computed(
 ) -> dict[str, Any]:
     """Return `protocol(features, **given)`, computed on `device`, or on the CPU if the GPU has too little memory.
 
-    With several processes, all of them must call `computed`, and all compute on the CPU if one GPU lacks memory.
+    With several processes, all of them must call `computed`, and all compute on the CPU if one GPU lacks memory. With
+    MPS, the CPU computes, because MPS lacks float64 and is not tested.
     """
     if device.type == "cuda":
         try:
@@ -104,8 +105,11 @@ def computed(
 
 
 def computed_on(device: torch.device, compute: Callable[..., T], *tensors: Tensor) -> T:
-    """Return `compute(*tensors)` with the tensors on `device`, or on the CPU if the GPU has too little memory."""
-    if device.type != "cpu":
+    """Return `compute(*tensors)` with the tensors on `device`, or on the CPU if the GPU has too little memory.
+
+    With MPS, the CPU computes, because MPS lacks float64 and is not tested.
+    """
+    if device.type not in ("cpu", "mps"):
         try:
             return compute(*(tensor.to(device) for tensor in tensors))
         except (RuntimeError, MemoryError) as error:

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sslcli.data.sources.base import BadImage
-from sslcli.evaluation.features import FeatureSet, cached, computed, extract, from_bank, pixels
+from sslcli.evaluation.features import FeatureSet, cached, computed, computed_on, extract, from_bank, pixels
 from sslcli.nn.modes import evaluating
 
 
@@ -366,3 +366,20 @@ def test_the_cpu_computes_a_protocol_if_the_gpu_lacks_memory(error):
     on_gpu, error = on_cpu, RuntimeError("another error")
     with pytest.raises(RuntimeError, match="another error"):
         computed(protocol, on_cpu, torch.device("cuda"))
+
+
+def test_tensors_are_on_the_device_of_the_computation_unless_it_lacks_memory():
+    def kinds(*tensors):
+        return [tensor.device.type for tensor in tensors]
+
+    def crowded(*tensors):
+        if tensors[0].device.type == "meta":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return kinds(*tensors)
+
+    both = torch.ones(2), torch.ones(3)
+    assert computed_on(torch.device("meta"), kinds, *both) == ["meta", "meta"]
+    assert computed_on(torch.device("meta"), crowded, *both) == ["cpu", "cpu"]
+    assert computed_on(torch.device("mps"), kinds, *both) == ["cpu", "cpu"]
+    with pytest.raises(RuntimeError, match="another error"):
+        computed_on(torch.device("meta"), lambda *_: (_ for _ in ()).throw(RuntimeError("another error")), *both)

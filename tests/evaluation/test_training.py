@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from sslcli.evaluation.finetune import Finetune
 from sslcli.evaluation.linear import Linear
+from sslcli.evaluation.semi import probed
 from sslcli.evaluation.task import Start, Task
 from sslcli.evaluation.training import Recipe, fit, predict, warm
 from sslcli.report.console import Progress, Screen
@@ -55,3 +57,21 @@ def test_a_layer_decay_near_zero_trains_the_head_alone(optimizer: str, task: Tas
     found = Finetune(**settings, layer_decay=1e-30)({"trained": start}, task)
     torch.testing.assert_close(copied_state(found.net.net), copied_state(start.net), rtol=0, atol=1e-20)
     assert found.net.classify.weight.any()
+
+
+class Head(Exception):
+    """Raised instead of fitting a linear probe; names the devices of features and labels."""
+
+
+def test_linear_probes_are_computed_on_the_device_of_the_task(
+    task: Task, starts: dict[str, Start], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def head(probe: Linear, x: Tensor, y: Tensor, *, num_classes: int) -> None:
+        raise Head(f"{x.device} {y.device}")
+
+    monkeypatch.setattr(Linear, "head", head)
+    data, start = starts["trained"].features, starts["trained"]
+    with pytest.raises(Head, match="meta meta"):
+        probed(data, torch.arange(9), seed=0, device=torch.device("meta"))
+    with pytest.raises(Head, match="meta meta"):
+        warm(start.classifier(task).to("meta"), data.train, data.train_labels, seed=0)
