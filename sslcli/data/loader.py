@@ -89,7 +89,7 @@ class Loader:
         # each micro-batch is split into one request per worker.
         self.layout = source.layout
         pixels = sum(size * size for size in views.sizes(source.image_size))
-        self.memory = BatchMemory(self.micro_batch_size * source.channels * pixels, self.layout is not None)
+        self.memory = BatchMemory(self.micro_batch_size, source.channels * pixels, self.layout is not None)
         self.workers = self.num_workers()
         self.requests_per_batch = 1 if self.layout is None else max(1, self.workers)
         self.is_resident = is_resident(source, device)
@@ -332,7 +332,7 @@ def plain_batches(
     """
     chunks = list(torch.split(positions, batch_size))
     if source.images is None:
-        memory = BatchMemory(min(batch_size, len(positions)) * source.channels * source.image_size**2)
+        memory = BatchMemory(min(batch_size, len(positions)), source.channels * source.image_size**2)
         wanted = min(source.workers if workers is None else workers, len(chunks))
         if workers is None:
             wanted = memory.reduced_workers(wanted)

@@ -47,16 +47,18 @@ class BatchMemory:
     """Memory that the data workers of a process need.
 
     Attributes:
-        batch_bytes: bytes of a batch of one process.
+        num_images: number of images of a batch of one process.
+        image_bytes: bytes of all views of an image.
         is_divided: True if each worker reads a part of every batch, False if each worker reads whole batches.
     """
 
-    batch_bytes: int
+    num_images: int
+    image_bytes: int
     is_divided: bool = False
 
     def slot_bytes(self, workers: int) -> int:
         """Return the bytes of shared memory for the result of one request to a worker."""
-        return SMALL_TENSORS + -(-self.batch_bytes // (workers if self.is_divided else 1))
+        return SMALL_TENSORS + -(-self.num_images // (workers if self.is_divided else 1)) * self.image_bytes
 
     def num_slots(self, workers: int) -> int:
         """Return the number of results for which there is shared memory."""

@@ -97,10 +97,10 @@ def test_batches_of_workers_do_not_use_dev_shm_unless_callers_keep_them(
     monkeypatch.setattr(PackedBatch, "unpack", lambda self: (shared.append(True), unpack(self))[1])
     kept = []
     for number, values in enumerate(
-        iterate_batches(Numbers(), range(40), 2, owner=Source, timeout=60, memory=BatchMemory(LARGE))
+        iterate_batches(Numbers(), range(40), 2, owner=Source, timeout=60, memory=BatchMemory(1, LARGE))
     ):
         assert values.unique().tolist() == [number]
         if keep:
             kept.append(values)
-    assert len(shared) == (BatchMemory(LARGE).num_slots(2) if keep else 40)
+    assert len(shared) == (BatchMemory(1, LARGE).num_slots(2) if keep else 40)
     assert [int(values[0]) for values in kept] == (list(range(40)) if keep else [])

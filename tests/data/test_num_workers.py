@@ -69,14 +69,16 @@ def test_memory_is_for_prefetched_batches_and_processes(processes: int, monkeypa
     give(monkeypatch, GB, processes)
     batch = 1_000_000
     slot = batch + SMALL_TENSORS
-    assert BatchMemory(batch).total(0) == 0
-    assert BatchMemory(batch).total(3) == processes * (3 * (WORKER_BYTES + 2 * slot) + 15 * slot)
-    part = batch // 4 + SMALL_TENSORS
-    assert BatchMemory(batch, is_divided=True).total(4) == processes * (4 * (WORKER_BYTES + 2 * part) + 28 * part)
+    assert BatchMemory(10, batch // 10).total(0) == 0
+    assert BatchMemory(10, batch // 10).total(3) == processes * (3 * (WORKER_BYTES + 2 * slot) + 15 * slot)
+    part = 3 * batch // 10 + SMALL_TENSORS  # the largest of 4 parts has 3 of 10 images
+    assert BatchMemory(10, batch // 10, is_divided=True).total(4) == processes * (
+        4 * (WORKER_BYTES + 2 * part) + 28 * part
+    )
 
 
 def test_a_number_that_needs_too_much_memory_is_rejected_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = BatchMemory(77_000_000)
+    memory = BatchMemory(256, 300_781)
     give(monkeypatch, 8 * GB)
     memory.check(8)
     with pytest.raises(ConfigError) as caught:
@@ -92,7 +94,7 @@ def test_a_number_that_needs_too_much_memory_is_rejected_with_one_that_fits(monk
 
 
 def test_the_default_is_reduced_to_half_of_the_memory_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
-    memory = BatchMemory(77_000_000)
+    memory = BatchMemory(256, 300_781)
     give(monkeypatch, 1000 * GB)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
