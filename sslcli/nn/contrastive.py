@@ -175,6 +175,8 @@ def info_nce(
     check_temperature(temperature)
     with torch.autocast(query.device.type, enabled=False):
         dtype = torch.promote_types(query.dtype, torch.float32)
+        if negatives is positive:
+            negatives = negatives.view_as(negatives)  # torch.compile does not support one tensor for two arguments
         loss, accuracy = _InfoNCE.apply(
             query.to(dtype), positive.to(dtype), negatives.to(dtype), exclude, present, temperature
         )
