@@ -44,3 +44,25 @@ class BatchShuffle:
         """
         back = exchange(rows.detach()[self.arriving], self.received, self.sent)
         return back[self.leaving.argsort()]
+
+
+def shuffled(rows: Tensor, draw: Tensor, *, restore: bool = False) -> Tensor:
+    """Return `BatchShuffle.shuffle` of `rows` (N, ...), or `BatchShuffle.restore` if `restore` is True.
+
+    `draw` is a scalar int64 tensor on the CPU: the number of permutations that the run has drawn before. torch.compile
+    does not compile this function, because the permutation is drawn on the CPU. It does not interrupt the graph either.
+    """
+    if torch.compiler.is_compiling():
+        return _shuffled(rows.detach(), draw, restore)  # type: ignore[no-any-return]
+    order = BatchShuffle(len(rows), int(draw), rows.device)
+    return order.restore(rows) if restore else order.shuffle(rows)
+
+
+@torch.library.custom_op("sslcli::shuffled", mutates_args=())
+def _shuffled(rows: Tensor, draw: Tensor, restore: bool) -> Tensor:
+    return torch.empty_like(rows).copy_(shuffled(rows, draw, restore=restore))
+
+
+@_shuffled.register_fake
+def _(rows: Tensor, draw: Tensor, restore: bool) -> Tensor:
+    return torch.empty_like(rows)

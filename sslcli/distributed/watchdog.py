@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 
+import torch
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
@@ -59,7 +60,9 @@ def report_progress(place: str = "") -> None:
 
 
 def record_collective() -> None:
-    """Record that this process enters a collective."""
+    """Record that this process enters a collective. Calls in code that torch.compile compiles have no effect."""
+    if torch.compiler.is_compiling():  # a counter would compile the code again at every call
+        return
     _own.collectives += 1
     _own.actions += 1
 

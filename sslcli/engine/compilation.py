@@ -7,6 +7,8 @@ import os
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -58,11 +60,19 @@ def missing_requirement(device: torch.device) -> str | None:
     return None if any(map(shutil.which, compilers)) else "torch.compile finds no C compiler (gcc)"
 
 
-def compile_method(method: Method) -> None:
-    """Compile the backbone of `method` with torch.compile. The compilation itself takes place in the first step."""
+def compile_method(method: Method, *, cached_gradients: bool, backend: str | Callable[..., Any] = "inductor") -> None:
+    """Compile `forward` of `method` with torch.compile. The compilation itself takes place in the first step.
+
+    The graph contains the losses, heads and momentum encoders. Features of images are computed without compiled code.
+    Only the backbone is compiled with `cached_gradients`, which does not call `forward`, and if torch.compile does not
+    support the loss (`Method.differentiates_twice`). `backend` is a backend of torch.compile.
+    """
     # Unlike the debug mode that `devices.prepare` sets, this also applies to code that torch.compile generates. The
     # call imports modules of torch.compile, which takes seconds.
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled(), warn_only=True)
     # torch.compile recommends TF32 for matrix products, which `devices.prepare` rejects.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
-    method.backbone.compile()
+    if cached_gradients or method.differentiates_twice:
+        method.backbone.compile(backend=backend)
+    else:
+        method.compile(dynamic=False, backend=backend)

@@ -87,6 +87,8 @@ def accumulate(run: Run, model: nn.Module, micro_batches: list[Batch]) -> dict[s
     fraction = 1 / len(micro_batches)
     for number, batch in enumerate(micro_batches, start=1):
         with gradient_sync(model, is_last=number == len(micro_batches)):
+            if run.compiled:
+                watchdog.record_collective()  # because compiled code does not record its collectives
             with precision.autocast(run.device, run.precision):
                 scalars = model(batch)
             run.scaler.scale(scalars["loss"] * fraction).backward()

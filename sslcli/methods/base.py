@@ -65,6 +65,8 @@ class Method(nn.Module):
             be False if the method calls the backbone with weights other than the backbone's own parameters.
         evaluated_part: the dotted name of the network that `features` calls and that ssl-export writes, such as
             "teacher.backbone". It must have the parameters of the backbone by name. Probes, k-NN and pictures use it.
+        differentiates_twice: True if the loss contains gradients, as a gradient penalty does. torch.compile does not
+            support such a loss, so only the backbone is compiled.
         embeddings: detached embeddings of the last forward pass, one tensor (N, D) per view. The health metrics are
             computed from them.
         head_layers: the number of layers of the projection head whose output `head_features` can return; 0 = none.
@@ -78,6 +80,7 @@ class Method(nn.Module):
     color_spaces: tuple[str, ...] = ()
     decreasing_metric: str = "loss"
     supports_block_wrapping: bool = True
+    differentiates_twice: bool = False
     evaluated_part: str = "backbone"
     embeddings: tuple[Tensor, ...] = ()
     head_layers: int = 0

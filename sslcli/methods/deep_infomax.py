@@ -250,6 +250,7 @@ class DeepInfoMax(Method):
             self.discriminator = mlp([dim, *prior_widths, 1], norm=False, bias=True, last_bias=True)
         convert_batch_norm(self, SyncBatchNorm)
         self.alpha, self.beta, self.gamma, self.gradient_penalty = alpha, beta, gamma, gradient_penalty
+        self.differentiates_twice = gradient_penalty > 0
         self.dot, self.measure = dot, measure
         self.official_mask = official_mask
         self.gather_negatives = gather_negatives

@@ -159,6 +159,7 @@ class Game(Method):
         self.noise = Noise()
         self.first_look, self.dim, self.prior = FirstLook((channels, image_size, image_size)), dim, prior
         self.loss, self.r1, self.r1_every, self.discriminator_lr = loss, r1, r1_every, discriminator_lr
+        self.differentiates_twice = r1 > 0
         self.steps = 0
 
     def check_views(self, views: list[Tensor]) -> None:

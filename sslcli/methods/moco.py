@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sslcli.distributed.batch_shuffle import BatchShuffle
+from sslcli.distributed.batch_shuffle import shuffled
 from sslcli.distributed.collectives import all_gather
 from sslcli.methods.base import Batch, Method, num_features
 from sslcli.methods.mixture import UnMix, add_mixture
@@ -112,7 +112,9 @@ class MoCo(Method):
         self.mixture = mixture
         self.register_buffer("queue", F.normalize(torch.randn(queue_size, dim), dim=1))
         self.register_buffer("queue_head", torch.zeros((), dtype=torch.long))
-        self.draws = 0  # number of shuffles so far; this number determines the order of the next shuffle
+        # Number of shuffles so far, which determines the order of the next shuffle. It is a tensor, because a compiled
+        # step would be compiled again if a Python number changed. It stays on the CPU, where the order is drawn.
+        self.draws = torch.zeros((), dtype=torch.int64, device="cpu")
         self.new_keys: list[Tensor] = []  # keys of this step's micro-batches; after_step enqueues them
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -149,10 +151,10 @@ class MoCo(Method):
         The images of all processes are shuffled before they are encoded (MoCo v1, section 3.3). BatchNorm therefore
         normalizes the key of an image together with other images than its query.
         """
-        order = BatchShuffle(len(images), self.draws, images.device)
+        keys = self.momentum_head(self.momentum_backbone(shuffled(images, self.draws)))
+        keys = shuffled(F.normalize(full_precision(keys), dim=1), self.draws, restore=True)
         self.draws += 1
-        keys = self.momentum_head(self.momentum_backbone(order.shuffle(images)))
-        return order.restore(F.normalize(full_precision(keys), dim=1))
+        return keys
 
     def scheduled(self, progress: float) -> dict[str, float]:
         if self.final_momentum is None:
@@ -170,10 +172,10 @@ class MoCo(Method):
         average_statistics(self)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.draws)
+        return self.draws.clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.draws = int(state)
+        self.draws.fill_(int(state))
 
     def projection(self, images: Tensor) -> Tensor:
         return self.head(self.backbone(images))  # type: ignore[no-any-return]

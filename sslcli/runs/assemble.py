@@ -161,7 +161,7 @@ def assemble(
     )
     job.compiled = compilation.why_not(settings, device, job.total_steps) is None
     if job.compiled:
-        compilation.compile_method(parts.method)
+        compilation.compile_method(parts.method, cached_gradients=settings.cached_gradients)
     return job
 
 

@@ -1,19 +1,30 @@
-"""When the steps of a run are compiled. The compilation itself is tested with the methods."""
+"""When the steps of a run are compiled, and what is compiled."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._dynamo.utils import counters
 
 from default_settings import TRAIN
+from method_runs import METHODS, config_of, iterate_batches
+from processes import Pair
 from sslcli.backbones.small import Small
 from sslcli.engine.compilation import MIN_STEPS, compile_method, why_not
+from sslcli.engine.loop import parallel
 from sslcli.errors import ConfigError
+from sslcli.methods.base import Method
+from sslcli.methods.moco import MoCo
 from sslcli.methods.simclr import SimCLR
+from sslcli.runs.build import build_parts
+from tiny import TinyNet, copied_state, make_batch, mine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -78,8 +89,75 @@ def test_compiled_code_is_as_deterministic_as_other_code(deterministic: bool, mo
     calls: list[object] = []
     monkeypatch.setattr("torch.are_deterministic_algorithms_enabled", lambda: deterministic)
     monkeypatch.setattr("torch.use_deterministic_algorithms", lambda mode, warn_only: calls.append((mode, warn_only)))
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: calls.append(module))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: calls.append(module))
     method = SimCLR(Small(width=2, image_size=16))
     with warnings.catch_warnings():
-        compile_method(method)
-    assert calls == [(deterministic, True), method.backbone]
+        compile_method(method, cached_gradients=False)
+        compile_method(method, cached_gradients=True)
+    assert calls == [(deterministic, True), method, (deterministic, True), method.backbone]
+
+
+@pytest.fixture
+def fresh() -> Iterator[None]:
+    """torch.compile without code that other tests have compiled."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("fresh")
+@pytest.mark.parametrize("word", [word for word in METHODS if word != "deep_infomax"])  # `differentiates_twice`
+def test_the_step_of_a_method_is_one_graph_and_is_compiled_once(word: str) -> None:
+    method, batches = build_parts(config_of(word)).method.train(), iterate_batches(word)
+    graphs = CompileCounter()
+    compile_method(method, cached_gradients=False, backend=graphs)
+    for step in range(12):
+        method(batches[step % len(batches)])["loss"].backward()
+        method.after_step(step / 12)
+        method.zero_grad()
+    with torch.no_grad():  # features of a last, partial batch
+        method.eval().features(batches[0].views[0][:3])
+    assert graphs.frame_count == 1
+    assert not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("fresh")
+def test_a_loss_with_a_gradient_penalty_is_not_compiled() -> None:
+    method = build_parts(config_of("deep_infomax")).method.train()
+    compile_method(method, cached_gradients=False, backend=CompileCounterWithBackend("aot_eager"))
+    method(iterate_batches("deep_infomax")[0])["loss"].backward()
+    assert method.differentiates_twice
+
+
+def small_method(word: str) -> Method:
+    torch.manual_seed(0)
+    return SimCLR(TinyNet()) if word == "simclr" else MoCo(TinyNet(), queue_size=32, bn_group=4)
+
+
+def steps(method: Method, compiled: bool) -> tuple[list[Tensor], dict[str, Tensor], int]:
+    """Losses of three steps on this process, the state after them, and the number of graphs."""
+    torch._dynamo.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    if compiled:
+        compile_method(method, cached_gradients=False, backend=graphs)
+    model = parallel(method, CPU)
+    optimizer = torch.optim.SGD(method.parameters(), lr=0.1)
+    losses = []
+    for step in range(3):
+        loss = model(mine(make_batch(16, seed=step)))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        method.after_step(step / 3)
+        losses.append(loss.detach())
+    return losses, copied_state(method), graphs.frame_count
+
+
+@pytest.mark.parametrize("word", ["simclr", "moco"])
+def test_compiled_steps_of_two_processes_are_those_of_uncompiled_code(word: str, pair: Pair) -> None:
+    compiled, plain = (pair.run(steps, small_method(word), flag) for flag in (True, False))
+    for (losses, state, graphs), (expected_losses, expected_state, _) in zip(compiled, plain, strict=True):
+        assert graphs == 1
+        torch.testing.assert_close(losses, expected_losses)
+        torch.testing.assert_close(state, expected_state)

@@ -54,6 +54,27 @@ def test_split_batchnorm_is_a_batchnorm_for_each_group(num_images: int, group: i
     assert int(divided.num_batches_tracked) == 1
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("affine", [True, False])
+def test_compiled_code_normalizes_all_groups_at_once(affine: bool, layout: torch.memory_format) -> None:
+    norm, images = trained_norm() if affine else nn.BatchNorm2d(5, affine=False), 3 * torch.randn(12, 5, 3, 3) + 5
+    results = []
+    for compiling in (False, True):
+        layer = split(norm, 4)
+        views = images.contiguous(memory_format=layout).requires_grad_()
+        views.grad = None
+        with (
+            mock.patch("torch.compiler.is_compiling", lambda compiling=compiling: compiling),
+            mock.patch("torch.cat", wraps=torch.cat) as cat,
+        ):
+            out = layer(views)
+        assert cat.called != compiling
+        assert out.stride() == views.stride()
+        (out * out.sin()).sum().backward()
+        results.append([out, views.grad, *(p.grad for p in layer.parameters()), *layer.buffers()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+
+
 def test_split_batchnorm_of_one_process_never_sees_its_batch_as_one_group() -> None:
     images = torch.randn(8, 5, 3, 3)
     assert split(trained_norm(), 64).num_groups(8) == 2
