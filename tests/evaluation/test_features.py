@@ -368,7 +368,7 @@ def test_the_cpu_computes_a_protocol_if_the_gpu_lacks_memory(error):
         computed(protocol, on_cpu, torch.device("cuda"))
 
 
-def test_tensors_are_on_the_device_of_the_computation_unless_it_lacks_memory():
+def test_tensors_are_on_the_device_unless_it_lacks_memory():
     def kinds(*tensors):
         return [tensor.device.type for tensor in tensors]
 
