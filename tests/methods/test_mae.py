@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from golden_cases import Case, golden_cases
+from method_runs import config_of
 from sslcli.backbones.resnet import ResNet
 from sslcli.backbones.vit import VisionTransformer
 from sslcli.distributed import collectives
@@ -256,3 +257,7 @@ def test_tokens_are_gathered_in_the_order_of_the_patches() -> None:
     filled = torch.cat([seen, torch.full((2, 9 - seen.shape[1], 1), -1.0)], 1)
     restored = take_patches(filled, visible.restore)
     assert torch.equal(restored, torch.where(visible.mask[..., None], -1.0, places))
+
+
+def test_features_that_share_a_large_mean_are_not_reported_as_a_collapse() -> None:
+    assert config_of("mae").monitor.on_collapse == "ignore"

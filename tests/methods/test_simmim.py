@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from golden_cases import Case, golden_cases
+from method_runs import config_of
 from sslcli.backbones.resnet import ResNet
 from sslcli.backbones.vit import VisionTransformer, masked
 from sslcli.distributed import collectives
@@ -184,3 +185,7 @@ def test_a_view_of_another_size_is_refused() -> None:
 def test_the_startup_table_names_patches_and_cells() -> None:
     found = build().effective(8)
     assert found == {"patches": "4 x 4 of 2 pixels", "masked cells": "3 of 4, 4 pixels per side"}
+
+
+def test_features_that_share_a_large_mean_are_not_reported_as_a_collapse() -> None:
+    assert config_of("simmim").monitor.on_collapse == "ignore"
