@@ -17,6 +17,7 @@ FAMILIES = (
     "contrastive",
     "self-distillation",
     "redundancy reduction",
+    "clustering",
 )  # in the order of the table
 
 

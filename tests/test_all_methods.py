@@ -37,6 +37,7 @@ def take_steps(config: RunConfig, batches: list[Batch]) -> Trace:
     optimizer, _ = build_optimizer(config, method)
     scalars, gradients = [], []
     for step, batch in enumerate(batches):
+        method.before_step(step / len(batches), step / 4)
         found = method(batch)
         found["loss"].backward()
         scalars.append({name: value.detach() for name, value in found.items()})

@@ -32,7 +32,7 @@ OF_OTHER_METHODS = {
         "lejepa",
         "msn",
     ),
-    *("schedule", "simsiam", "swav", "vicregl"),
+    "vicregl",
 }
 
 
