@@ -59,7 +59,13 @@ OVERRIDES = [
     "monitor.pictures=0",
     "monitor.health_every_steps=0",
 ]
-SMALLER = {"queue_size": 40, "hidden": 32, "dim": 16, "width": 4}  # of the keys a method or backbone has
+SMALLER = {
+    "queue_size": 40,
+    "hidden": 32,
+    "dim": 16,
+    "width": 4,
+    "num_heads": 1,
+}  # of the keys a method or backbone has
 HOST_READS = {"item", "tolist", "nonzero", "masked_select", "new_tensor", "numpy"}
 
 
