@@ -19,17 +19,14 @@ PREFIXES = {
 # Methods that sslcli does not have, or not completely.
 OF_OTHER_METHODS = {
     *(
-        "barlow",
         "capi",
         "dcl",
         "deepclusterv2",
         "densecl",
-        "dino",
         "dinov2",
         "dinov3",
         "ibot",
         "ijepa",
-        "lejepa",
         "msn",
     ),
     "vicregl",

@@ -19,7 +19,7 @@ from sslcli.methods.moco import MoCo
 from sslcli.report.metrics import read
 from tiny import TinyNet, make_batch
 
-HEALTHY = ["moco", "moco_v2", "moco_v3", "simclr", "byol", "nnclr", "ressl", "barlow_twins", "vicreg"]
+HEALTHY = ["moco", "moco_v2", "moco_v3", "simclr", "byol", "nnclr", "ressl", "barlow_twins", "vicreg", "dino", "lejepa"]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_checkpoint(tmp_path: Path) -> None:
@@ -133,10 +133,21 @@ def test_vicreg_without_variance_is_caught_within_200_steps(tmp_path: Path) -> N
         finish(vicreg(tmp_path / "without", 0.0))
 
 
+def test_lejepa_without_sigreg_is_caught_within_300_steps(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path, "method=lejepa", "method.hidden=64", "method.weight=0", "optimizer.lr=0.02", "dataset.image_size=16",
+        "train.max_steps=300", "monitor.on_collapse=stop",
+    )  # fmt: skip
+    with pytest.raises(TrainingFailed, match="collapsed at step"):
+        finish(run)
+
+
 @pytest.mark.parametrize("method", HEALTHY)
 def test_a_healthy_run_is_not_flagged(tmp_path: Path, method: str) -> None:
     smaller = {"byol": ["method.hidden=64"], "moco_v3": ["method.hidden=64"], "moco": ["method.queue_size=256"]}
     smaller |= {name: ["method.hidden=64", "method.dim=64"] for name in ("barlow_twins", "vicreg", "nnclr")}
+    smaller["dino"] = ["method.hidden=64", "method.num_prototypes=256"]
+    smaller["lejepa"] = ["method.hidden=64"]
     smaller["ressl"] = ["method.hidden=64", "method.queue_size=256"]
     run = make_run(
         tmp_path, f"method={method}", "dataset.image_size=16", "train.max_steps=150", "train.save_every_epochs=0",
