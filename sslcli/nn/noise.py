@@ -108,7 +108,8 @@ class Noise(nn.Module):
         self.count += 1
         key = self.count * _signed(_DRAW) + _signed(_hash(self.seed))
         first, num_images = rank() * shape[0], shape[0]
-        image = torch.arange(first << 32, (first + num_images) << 32, 1 << 32, device=device)
+        # Without the shift, torch.compile would multiply the indices by constants symbolically, and overflow.
+        image = torch.arange(first, first + num_images, device=device) << 32
         number = torch.arange(math.prod(shape[1:]), device=device)
         block = max(1, CPU_BLOCK // max(1, len(number))) if device.type == "cpu" else max(1, num_images)
         results = []
