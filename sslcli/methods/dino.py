@@ -143,9 +143,9 @@ class DINO(Method):
         views = batch.views
         teacher = self.teacher_logits(views[:NUM_GLOBAL])  # (2, N, K)
         bottleneck = self.head.bottleneck(forward_by_size(self.backbone, views))
-        student = full_precision(self.head.last_layer(bottleneck)).unflatten(0, (len(views), -1))  # (V, N, K)
+        student = full_precision(self.head.last_layer(bottleneck)).view(len(views), len(views[0]), -1)  # (V, N, K)
         target = centered(teacher, self.center, self.current_teacher_temperature)
-        self.embeddings = tuple(bottleneck.detach().unflatten(0, (len(views), -1))[:NUM_GLOBAL])
+        self.embeddings = tuple(bottleneck.detach().view(len(views), len(views[0]), -1)[:NUM_GLOBAL])
         self.new_centers.append(all_reduce_mean(teacher.mean((0, 1))))
         loss = cross_entropy_of_views(student, target, temperature=self.temperature)
         entropy = torch.special.entr(target).sum(2).mean()
@@ -155,7 +155,7 @@ class DINO(Method):
     def teacher_logits(self, views: list[Tensor]) -> Tensor:
         """Return the teacher's logits in full precision: V views (N, C, H, W) -> (V, N, K)."""
         logits = self.teacher_head(forward_by_size(self.teacher_backbone, views))
-        return full_precision(logits).unflatten(0, (len(views), -1))
+        return full_precision(logits).view(len(views), len(views[0]), -1)
 
     def scheduled(self, progress: float) -> dict[str, float]:
         return {"EMA momentum": ema_momentum(progress, base=self.momentum, final=self.final_momentum)}

@@ -49,7 +49,7 @@ def epps_pulley(samples: Tensor, *, knots: int = KNOTS, limit: float = LIMIT) ->
     normal = torch.exp(-t.square() / 2)
     weights = torch.full_like(t, 2 * limit / (knots - 1))
     weights[:: knots - 1] /= 2
-    means = torch.cat(
+    means: Tensor = torch.cat(
         [
             checkpoint(characteristic, block, t, use_reentrant=False, preserve_rng_state=False)
             for block in torch.split(samples, BLOCK, dim=2)
@@ -57,7 +57,7 @@ def epps_pulley(samples: Tensor, *, knots: int = KNOTS, limit: float = LIMIT) ->
         dim=2,
     )
     cosine, sine = all_gather_with_grad(means[None]).mean(0)  # (V, S, T) each
-    distance = (cosine - normal).square() + sine.square()
+    distance: Tensor = (cosine - normal).square() + sine.square()
     return (distance @ (weights * normal)) * (world_size() * samples.shape[1])
 
 
@@ -122,7 +122,7 @@ class LeJEPA(Method):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         views = batch.views
-        z = self.projector(forward_by_size(self.backbone, views)).unflatten(0, (len(views), -1))  # (V, N, D)
+        z = self.projector(forward_by_size(self.backbone, views)).view(len(views), len(views[0]), -1)  # (V, N, D)
         num_global = sum(view.shape == views[0].shape for view in views)
         near, normal = invariance(z, num_global=num_global), sigreg(z, self.directions)
         self.embeddings = tuple(full_precision(view.detach()) for view in z[:num_global])
