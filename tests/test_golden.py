@@ -22,7 +22,6 @@ OF_OTHER_METHODS = {
         "capi",
         "dcl",
         "deepclusterv2",
-        "densecl",
         "dinov2",
         "dinov3",
         "ibot",

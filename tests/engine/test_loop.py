@@ -19,7 +19,20 @@ from sslcli.methods.moco import MoCo
 from sslcli.report.metrics import read
 from tiny import TinyNet, make_batch
 
-HEALTHY = ["moco", "moco_v2", "moco_v3", "simclr", "byol", "nnclr", "ressl", "barlow_twins", "vicreg", "dino", "lejepa"]
+HEALTHY = [
+    "moco",
+    "moco_v2",
+    "moco_v3",
+    "simclr",
+    "byol",
+    "nnclr",
+    "ressl",
+    "barlow_twins",
+    "vicreg",
+    "dino",
+    "lejepa",
+    "densecl",
+]
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_naming_step_and_checkpoint(tmp_path: Path) -> None:
@@ -147,6 +160,7 @@ def test_a_healthy_run_is_not_flagged(tmp_path: Path, method: str) -> None:
     smaller = {"byol": ["method.hidden=64"], "moco_v3": ["method.hidden=64"], "moco": ["method.queue_size=256"]}
     smaller |= {name: ["method.hidden=64", "method.dim=64"] for name in ("barlow_twins", "vicreg", "nnclr")}
     smaller["dino"] = ["method.hidden=64", "method.num_prototypes=256"]
+    smaller["densecl"] = ["method.queue_size=256"]
     smaller["lejepa"] = ["method.hidden=64"]
     smaller["ressl"] = ["method.hidden=64", "method.queue_size=256"]
     run = make_run(
