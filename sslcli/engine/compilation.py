@@ -6,8 +6,10 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -52,13 +54,21 @@ def missing_requirement(device: torch.device) -> str | None:
     if device.type != "cuda":
         default = "clang++" if sys.platform == "darwin" else "g++"
         compiler = os.environ.get("CXX", default)
-        return None if shutil.which(compiler.split()[0]) else f"torch.compile finds no C++ compiler ({compiler})"
+        if not shutil.which(compiler.partition(" ")[0]):
+            return f"torch.compile finds no C++ compiler ({compiler or 'the environment variable CXX is empty'})"
+        return missing_header()
     if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
         return f"torch.compile supports no GPU of this age ({torch.cuda.get_device_name(device)})"
     if importlib.util.find_spec("triton") is None:
         return "torch.compile does not find the package triton"
     compilers = (os.environ.get("CC", ""), "gcc", "clang", "cc")
-    return None if any(map(shutil.which, compilers)) else "torch.compile finds no C compiler (gcc)"
+    return missing_header() if any(map(shutil.which, compilers)) else "torch.compile finds no C compiler (gcc)"
+
+
+def missing_header() -> str | None:
+    """Return a clause if Python's C header is missing, which Triton and compiled code for the CPU include, or None."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return None if header.exists() else f"torch.compile does not find {header} (package python3-dev on Linux)"
 
 
 def compile_method(method: Method, *, cached_gradients: bool, backend: str | Callable[..., Any] = "inductor") -> None:

@@ -145,6 +145,7 @@ def measure(job: Run, per_pass: int) -> tuple[int, int, float] | None:
             micro_batches = [draw(job.loader, per_pass, job.device) for _ in range(job.settings.accumulate)]
             synchronize(job.device)
             start = time.perf_counter()
+            job.method.before_step(0.0, 0.0)
             optimize(job, job.method, micro_batches)
             job.method.after_step(0.0)
             synchronize(job.device)

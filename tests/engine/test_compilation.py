@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,8 +31,10 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture
-def capable(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Simulate a machine with a new GPU, Triton and compilers."""
+def capable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Simulate a machine with a new GPU, Triton, compilers and the C header of Python."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "old GPU")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
@@ -67,6 +70,7 @@ def test_long_runs_on_a_gpu_are_compiled(
         ("torch.cuda.get_device_capability", (6, 1), "supports no GPU of this age (old GPU)"),
         ("importlib.util.find_spec", None, "does not find the package triton"),
         ("shutil.which", None, "finds no C compiler"),
+        ("sysconfig.get_path", "/no-such-folder", "does not find /no-such-folder/Python.h (package python3-dev"),
     ],
 )
 def test_what_a_machine_lacks_is_a_reason_or_an_error(
@@ -78,9 +82,19 @@ def test_what_a_machine_lacks_is_a_reason_or_an_error(
         why_not(replace(TRAIN, compile=True), GPU, MIN_STEPS)
 
 
-def test_compilation_on_the_cpu_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler -O2")
-    with pytest.raises(ConfigError, match="no C\\+\\+ compiler"):
+@pytest.mark.parametrize(
+    ("compiler", "named"), [("no-such-compiler -O2", "no-such-compiler -O2"), ("", "variable CXX is empty")]
+)
+def test_compilation_on_the_cpu_needs_a_compiler(compiler: str, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", compiler)
+    with pytest.raises(ConfigError, match=rf"no C\+\+ compiler \(.*{named}\)"):
+        why_not(replace(TRAIN, compile=True), CPU, 1)
+
+
+@pytest.mark.usefixtures("capable")
+def test_compilation_on_the_cpu_needs_the_header_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/no-such-folder")
+    with pytest.raises(ConfigError, match=r"does not find /no-such-folder/Python\.h"):
         why_not(replace(TRAIN, compile=True), CPU, 1)
 
 

@@ -103,6 +103,17 @@ def test_resident_images_take_memory_in_each_attempt(gpu: Any, cli: Cli, monkeyp
     assert copied == [torch.device("cpu")]
 
 
+def test_each_step_begins_like_a_step_of_training(gpu: Any, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = gpu(50)
+    begun: list[tuple[int, float, float]] = []
+    monkeypatch.setattr(
+        "sslcli.methods.simclr.SimCLR.before_step",
+        lambda self, progress, epoch: begun.append((len(sizes), progress, epoch)),
+    )
+    assert cli("ssl-train", *SMALL, *SEARCH).code == 0
+    assert begun[-len(sizes) :] == [(number, 0.0, 0.0) for number in range(len(sizes))]
+
+
 def test_a_step_whose_memory_nearly_fills_the_gpu_does_not_fit(gpu: Any, cli: Cli) -> None:
     gpu(50, peak=1.0)
     ended = cli("ssl-train", *SMALL, *SEARCH, "train.batch_size=48")
