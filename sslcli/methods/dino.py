@@ -133,7 +133,7 @@ class DINO(Method):
         self.register_buffer("center", torch.zeros(num_prototypes))
         self.register_buffer("current_teacher_temperature", torch.tensor(0.0))
         self.new_centers: list[Tensor] = []  # mean logits of this step's micro-batches; after_step averages them
-        self.before_step(0.0, 0.0)
+        DINO.before_step(self, 0.0, 0.0)
 
     def before_step(self, progress: float, epoch: float) -> None:
         start, end, epochs = self.temperatures

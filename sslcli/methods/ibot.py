@@ -1,0 +1,222 @@
+"""iBOT: DINO, and prediction of the teacher's prototypes for masked patches.
+
+Zhou et al. 2022  https://arxiv.org/abs/2111.07832   conf/method/ibot.yaml
+
+Official code: main_ibot.py, loader.py and models/head.py of bytedance/ibot.
+
+Shapes: V views, N images per process, P patches of a global view, K prototypes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sslcli.backbones.base import Backbone
+from sslcli.distributed.collectives import all_reduce_mean
+from sslcli.methods.base import Batch, num_features, token_backbone
+from sslcli.methods.dino import DINO, NUM_GLOBAL, centered, cross_entropy_of_views, teacher_temperature_at
+from sslcli.nn.contrastive import check_temperature
+from sslcli.nn.masks import BLOCKS, block_mask, choice_of_ratios
+from sslcli.nn.modes import full_precision
+from sslcli.nn.noise import Noise
+
+
+def cross_entropy_of_patches(student: Tensor, target: Tensor, mask: Tensor, *, temperature: float) -> Tensor:
+    """Return the mean cross-entropy of the masked patches of each image, averaged over images and views (eq. 2).
+
+    Args:
+        student: (2, N, P, K), logits of the patches of both global views.
+        target: (2, N, P, K), probabilities of the same patches without gradient.
+        mask: (2, N, P) bool, True for masked patches. A view without masked patches counts as 0.
+        temperature: divisor of the student's logits.
+    """
+    each = -(target * F.log_softmax(student / temperature, dim=3)).sum(3)
+    weight = mask.to(each.dtype)
+    return ((each * weight).sum(2) / weight.sum(2).clamp(min=1)).mean()
+
+
+class IBOT(DINO):
+    """Image BERT pre-training with an online tokenizer. Class tokens and patches share the head.
+
+    Args:
+        image_size: side of the global views in pixels. `ssl-train` sets it.
+        patch_teacher_temperature: divisor of the teacher's logits of patches after the warm-up.
+        warmup_patch_teacher_temperature: divisor of the teacher's logits of patches in the first epoch.
+        patch_center_momentum: momentum of the center of the teacher's logits of patches.
+        class_weight: weight of the loss of class tokens, which is the loss of DINO.
+        patch_weight: weight of the loss of masked patches.
+        mask_ratios: the mask ratio of a global view is one of these numbers, ...
+        mask_variations: ... changed by at most the number at the same place.
+
+    All other arguments are those of `DINO`. Raises ValueError if the backbone has no patch tokens.
+    """
+
+    backbone: Backbone
+    teacher_backbone: Backbone
+    patch_center: Tensor  # (K,)
+    current_patch_teacher_temperature: Tensor  # scalar
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        *,
+        image_size: int,
+        num_prototypes: int = 8192,
+        dim: int = 256,
+        hidden: int = 2048,
+        layers: int = 3,
+        norm: bool = False,
+        num_views: int = 12,
+        trained_gain: bool = False,
+        freeze_last_layer_epochs: float = 1,
+        momentum: float = 0.996,
+        final_momentum: float = 1.0,
+        temperature: float = 0.1,
+        teacher_temperature: float = 0.07,
+        warmup_teacher_temperature: float = 0.04,
+        warmup_teacher_temperature_epochs: int = 30,
+        patch_teacher_temperature: float = 0.07,
+        warmup_patch_teacher_temperature: float = 0.04,
+        center_momentum: float = 0.9,
+        patch_center_momentum: float = 0.9,
+        class_weight: float = 1.0,
+        patch_weight: float = 1.0,
+        mask_ratios: tuple[float, ...] = (0.0, 0.3),
+        mask_variations: tuple[float, ...] = (0.0, 0.2),
+    ) -> None:
+        check_masks(mask_ratios, mask_variations)
+        for value in (patch_teacher_temperature, warmup_patch_teacher_temperature):
+            check_temperature(value)
+        super().__init__(
+            token_backbone(backbone),
+            num_prototypes=num_prototypes,
+            dim=dim,
+            hidden=hidden,
+            layers=layers,
+            norm=norm,
+            num_views=num_views,
+            trained_gain=trained_gain,
+            freeze_last_layer_epochs=freeze_last_layer_epochs,
+            momentum=momentum,
+            final_momentum=final_momentum,
+            temperature=temperature,
+            teacher_temperature=teacher_temperature,
+            warmup_teacher_temperature=warmup_teacher_temperature,
+            warmup_teacher_temperature_epochs=warmup_teacher_temperature_epochs,
+            center_momentum=center_momentum,
+        )
+        assert self.backbone.patch_size is not None
+        side = image_size // self.backbone.patch_size
+        self.grid = (side, side)
+        self.class_weight, self.patch_weight = class_weight, patch_weight
+        self.patch_center_momentum = patch_center_momentum
+        self.mask_ratios, self.mask_variations = tuple(mask_ratios), tuple(mask_variations)
+        self.patch_temperatures = (
+            warmup_patch_teacher_temperature,
+            patch_teacher_temperature,
+            warmup_teacher_temperature_epochs,
+        )
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, num_features(backbone)))
+        self.noise = Noise()
+        self.register_buffer("patch_center", torch.zeros(num_prototypes))
+        self.register_buffer("current_patch_teacher_temperature", torch.tensor(0.0))
+        self.new_patch_centers: list[Tensor] = []  # as new_centers, for patches
+        self.before_step(0.0, 0.0)
+
+    def before_step(self, progress: float, epoch: float) -> None:
+        super().before_step(progress, epoch)
+        start, end, epochs = self.patch_temperatures
+        temperature = teacher_temperature_at(epoch, start=start, end=end, epochs=epochs)
+        self.current_patch_teacher_temperature.fill_(temperature)
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        views, count = batch.views, len(batch.views[0])
+        mask = self.draw_masks(count, views[0].device)  # (2, N, P)
+        teacher_class, teacher_patches = self.teacher_tokens(views)
+        tokens, _ = self.backbone.tokens(
+            torch.cat(views[:NUM_GLOBAL]), mask=mask.flatten(0, 1), mask_token=self.mask_token
+        )
+        patches = tokens[:, self.backbone.num_prefix_tokens :]  # (2N, P, D)
+        bottleneck = self.head.bottleneck(
+            torch.cat([tokens[:, 0], *self.local_class_tokens(views), patches.flatten(0, 1)])
+        )
+        logits = full_precision(self.head.last_layer(bottleneck))
+        student_class = logits[: len(views) * count].view(len(views), count, -1)  # (V, N, K)
+        student_patches = logits[len(views) * count :].view(*mask.shape, -1)  # (2, N, P, K)
+        target = centered(teacher_class, self.center, self.current_teacher_temperature)
+        patch_target = centered(teacher_patches, self.patch_center, self.current_patch_teacher_temperature)
+        self.embeddings = tuple(bottleneck.detach()[: NUM_GLOBAL * count].chunk(NUM_GLOBAL))
+        self.new_centers.append(all_reduce_mean(teacher_class.mean((0, 1))))
+        self.new_patch_centers.append(all_reduce_mean(teacher_patches.mean((0, 1, 2))))
+        whole = cross_entropy_of_views(student_class, target, temperature=self.temperature)
+        parts = cross_entropy_of_patches(student_patches, patch_target, mask, temperature=self.temperature)
+        entropy = torch.special.entr(target).sum(2).mean()
+        return {
+            "loss": self.class_weight * whole + self.patch_weight * parts,
+            "class_loss": whole,
+            "patch_loss": parts,
+            "teacher_entropy": entropy,
+            "divergence": whole.detach() - entropy,
+        }
+
+    def draw_masks(self, count: int, device: torch.device) -> Tensor:
+        """Draw the masks of both global views of `count` images: (2, count, P) bool, True = masked."""
+        choice = self.noise.uniform(count, NUM_GLOBAL, 2, device=device).transpose(0, 1).flatten(0, 1)
+        blocks = self.noise.uniform(count, NUM_GLOBAL, BLOCKS, 4, device=device).transpose(0, 1).flatten(0, 1)
+        rows, columns = self.grid
+        targets = choice_of_ratios(choice, self.mask_ratios, self.mask_variations) * (rows * columns)
+        mask = block_mask(blocks, targets, self.grid, smallest=(min(self.grid) // 3) ** 2)
+        return mask.view(NUM_GLOBAL, count, -1)
+
+    @torch.no_grad()
+    def teacher_tokens(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the teacher's logits of the global views: class tokens (2, N, K) and patches (2, N, P, K)."""
+        tokens, _ = self.teacher_backbone.tokens(torch.cat(views[:NUM_GLOBAL]))
+        patches = tokens[:, self.teacher_backbone.num_prefix_tokens :]
+        rows = torch.cat([tokens[:, :1], patches], dim=1)  # (2N, 1 + P, D)
+        logits = full_precision(self.teacher_head(rows.flatten(0, 1)))
+        logits = logits.view(NUM_GLOBAL, len(views[0]), rows.shape[1], -1)
+        return logits[:, :, 0], logits[:, :, 1:]
+
+    def local_class_tokens(self, views: list[Tensor]) -> list[Tensor]:
+        """Return the student's class tokens of the local views, [(V - 2) N, D] in a list, or [] without local views."""
+        if len(views) == NUM_GLOBAL:
+            return []
+        tokens, _ = self.backbone.tokens(torch.cat(views[NUM_GLOBAL:]))
+        return [tokens[:, 0]]
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        super().after_step(progress)
+        center = torch.stack(self.new_patch_centers).mean(0).to(self.patch_center.dtype)
+        self.patch_center.lerp_(center, 1 - self.patch_center_momentum)
+        self.new_patch_centers.clear()
+
+    def check_views(self, views: list[Tensor]) -> None:
+        patch = self.backbone.patch_size
+        sizes = [tuple(view.shape[2:]) for view in views]
+        expected = (self.grid[0] * patch, self.grid[1] * patch) if patch else None
+        if sizes[0] != expected or sizes[1] != expected:
+            raise ValueError(f"the first two views have {sizes[0]} and {sizes[1]} pixels, but iBOT masks {expected}")
+        if len(set(sizes[NUM_GLOBAL:])) > 1:
+            raise ValueError(f"the local views have the sizes {sizes[NUM_GLOBAL:]}, but iBOT needs one size for all")
+
+    def effective(self, batch_size: int) -> dict[str, Any]:
+        return super().effective(batch_size) | {"patches of a global view": f"{self.grid[0]} x {self.grid[1]}"}
+
+
+def check_masks(ratios: tuple[float, ...], variations: tuple[float, ...]) -> None:
+    """Raise ValueError unless each mask ratio and its variation give ratios from 0 to less than 1."""
+    if not ratios or len(ratios) != len(variations):
+        raise ValueError(
+            f"mask_ratios is {list(ratios)} and mask_variations is {list(variations)}, but each ratio needs a variation"
+        )
+    for ratio, variation in zip(ratios, variations, strict=True):
+        if variation < 0 or not 0 <= ratio - variation <= ratio + variation < 1:
+            raise ValueError(
+                f"the mask ratio {ratio} with the variation {variation} is not always at least 0 and less than 1"
+            )
