@@ -153,7 +153,7 @@ def iterate_batches(
     if workers:
         choose_socket_folder()
     forks = workers > 0 and sys.platform == "linux"  # see init_worker
-    slots = BatchSlots(memory.num_slots(workers), memory.slot_bytes(workers)) if forks and memory is not None else None
+    slots = create_slots(memory, workers) if forks and memory is not None else None
     loader = DataLoader(
         ErrorReturningDataset(dataset, owner, slots),
         batch_size=None,
@@ -175,6 +175,22 @@ def iterate_batches(
             yield item.unpack() if isinstance(item, PackedBatch) else item
 
 
+def create_slots(memory: BatchMemory, workers: int) -> BatchSlots:
+    """Return the slots for the batches of all workers. Raises TrainingFailed if they do not fit into the memory."""
+    try:
+        return BatchSlots(memory.num_slots(workers), memory.slot_bytes(workers))
+    except OSError as error:
+        raise not_started(workers, error) from error
+
+
+def not_started(workers: int, error: OSError) -> TrainingFailed:
+    """Return the error for data workers that the operating system did not start because of `error`."""
+    return TrainingFailed(
+        f"{workers} data workers cannot be started ({error.strerror or error}): lower dataset.workers (0 reads in "
+        "the main process), or allow this user more processes and memory"
+    )
+
+
 @contextmanager
 def loader_iterator(loader: DataLoader[Any], workers: int) -> Iterator[Iterator[Any]]:
     """Yield an iterator over a loader. When the block ends, end the workers. See `iterate_batches` for the errors.
@@ -185,10 +201,7 @@ def loader_iterator(loader: DataLoader[Any], workers: int) -> Iterator[Iterator[
     try:
         iterator = iter(loader)
     except OSError as error:
-        raise TrainingFailed(
-            f"{workers} data workers cannot be started ({error.strerror or error}): lower dataset.workers (0 reads in "
-            "the main process), or allow this user more processes and memory"
-        ) from error
+        raise not_started(workers, error) from error
     started = [child for child in multiprocessing.active_children() if child not in others] if workers else []
     LIVE_WORKERS.update(started)
     try:

@@ -18,6 +18,7 @@ import pytest
 from torch.utils.data import Dataset
 
 from sslcli.data import workers as _workers
+from sslcli.data.num_workers import BatchMemory
 from sslcli.data.sources.base import Source
 from sslcli.data.workers import iterate_batches
 from sslcli.errors import BUG, ConfigError, ProcessLost, TrainingFailed
@@ -150,6 +151,16 @@ def test_an_error_of_sslcli_itself_is_a_failure_of_the_training(
     monkeypatch.setattr(Failing, "__module__", "sslcli.data.crops")
     with pytest.raises(TrainingFailed, match=expected):
         read(Failing(error), workers=workers, owner=Source)
+
+
+def test_slots_that_do_not_fit_into_the_memory_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: int) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    monkeypatch.setattr("mmap.mmap", refuse)
+    batches = iterate_batches(Stuck(), iter([0]), 2, owner=Source, memory=BatchMemory(1, 1000))
+    with pytest.raises(TrainingFailed, match=r"2 data workers cannot be started \(Cannot allocate memory\)"):
+        next(batches)
 
 
 def test_workers_that_cannot_be_started_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
