@@ -39,7 +39,7 @@ def training_message(error: BaseException, config: RunConfig, *, has_negatives: 
     settings, processes = config.train, collectives.world_size()
     per_pass = settings.batch_size // (settings.accumulate * processes)
     remedies = []
-    if per_pass > 1:
+    if per_pass % 2 == 0:  # an odd number does not split into two micro-batches
         smaller = f"train.accumulate={2 * settings.accumulate} halves the images per forward pass"
         cached = ""
         if has_negatives and not settings.cached_gradients:

@@ -65,6 +65,11 @@ def test_the_message_names_the_allocation_and_only_keys_that_still_help() -> Non
     assert "out of memory (MemoryError)" in message(MemoryError())
 
 
+def test_a_number_of_micro_batches_that_does_not_divide_the_batch_is_not_advised() -> None:
+    assert "train.accumulate=8 halves" in message(CUDA, "train.batch_size=104", "train.accumulate=4")
+    assert "train.accumulate" not in message(CUDA, "train.batch_size=100", "train.accumulate=4")
+
+
 def test_what_takes_the_memory_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Simulate the memory of a GPU; all tensors are on the CPU."""
     method = nn.BatchNorm1d(10**6)  # parameters of 8 MB, buffers of 8 MB
