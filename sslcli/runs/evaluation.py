@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from sslcli import __version__
 from sslcli.config.run_config import EvalConfig
 from sslcli.data.bad_images import BadImage, BadImages
 from sslcli.data.sources.base import Source
-from sslcli.distributed import collectives, shared_work, watchdog
+from sslcli.distributed import collectives, processes, shared_work, watchdog
 from sslcli.errors import ConfigError, TrainingFailed, is_disk_failure
 from sslcli.evaluation import layers
 from sslcli.evaluation.features import FeatureSet, cached, from_bank, pixels
@@ -345,9 +345,13 @@ class Starts(Mapping[str, Start]):
                 collectives.broadcast_objects(name)
                 if name[0] is None:
                     return
-                # An error is raised on all processes, and rank 0 handles it.
-                with suppress(ValueError, TrainingFailed, MemoryError):
+                # An error is raised on all processes, and rank 0 handles it. It may have any type, for example that of
+                # user code or of a full GPU. If this process ended then, rank 0 would wait for it.
+                try:
                     self.start(name[0])
+                except Exception as error:
+                    if processes.lost_contact(error):
+                        raise
 
         return shared_work.agreed(main if collectives.is_main() else help_main)
 

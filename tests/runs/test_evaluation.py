@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
 from command_line import Cli, result
+from processes import Pair
 from small_runs import make_folder
+from sslcli.distributed import collectives, shared_work
 from sslcli.errors import ConfigError
-from sslcli.runs.evaluation import check_results_dir
+from sslcli.runs.evaluation import Starts, check_results_dir
 
 FAST = ["protocol.epochs=2", "protocol.lrs=[0.1,1.0]", "protocol.weight_decays=[0.0,1e-4]"]
 OTHER = ["dataset=shapes", "dataset.seed=1", "dataset.limit=150", "dataset.test_images=80"]
@@ -111,3 +114,33 @@ def test_other_images_of_the_same_name_do_not_replace_a_result(trained: Path, cl
 
 
 QUICK = ["protocol.steps=2", "protocol.batch_size=16", "protocol.lrs=[0.02,0.1]"]
+
+
+def fails_at(rank: int, error: Exception) -> tuple[str, int]:
+    """Access an item on rank 0 whose features cannot be computed on one process. Return the error on each process."""
+
+    def fail() -> None:
+        if collectives.rank() == rank:
+            raise error
+
+    class Failing(Starts):
+        def start(self, name: str) -> NoReturn:
+            shared_work.agreed(fail)
+            raise AssertionError
+
+    evaluation: Any = None
+    starts = Failing(evaluation, ["trained"], evaluation, keep=False)
+    try:
+        starts.call_on_main(lambda: starts["trained"])
+    except (ConfigError, RuntimeError, OSError, MemoryError) as found:
+        return str(found), len(collectives.gather_objects(0))
+    raise AssertionError
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), RuntimeError("bad"), OSError("bad")])
+def test_an_error_of_one_process_ends_the_others_without_waiting(pair: Pair, rank: int, error: Exception) -> None:
+    """Errors of user code and of a full GPU have any type. No process may wait for another one afterwards."""
+    for message, size in pair.run(fails_at, rank, error):
+        assert str(error) in message
+        assert size == 2
