@@ -27,8 +27,12 @@ LARGEST_QUEUE = 65536  # default of solo-learn
 
 @torch.no_grad()
 def nearest(z: Tensor, queue: Tensor) -> Tensor:
-    """Return the index of the row of `queue` (K, D) with the largest inner product, for each row of `z`: (N,) int64."""
-    return (z @ queue.T).argmax(1)
+    """Return the index of the row of `queue` (K, D) with the largest inner product, for each row of `z`: (N,) int64.
+
+    The inner products are computed in float32, even under autocast. With 16 bits, many rows would be equally near.
+    """
+    with torch.autocast(z.device.type, enabled=False):
+        return (z @ queue.T.to(z.dtype)).argmax(1)
 
 
 def neighbor_contrast(neighbor: Tensor, prediction: Tensor, *, temperature: float) -> Contrast:

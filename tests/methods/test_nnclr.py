@@ -73,6 +73,16 @@ def test_a_queue_of_the_batch_itself_gives_the_cross_view_terms_of_simclr() -> N
     assert float(loss) / 2 < float(nt_xent(z1, z2, temperature=0.3).loss)  # which also has negatives of the same view
 
 
+def test_neighbors_do_not_depend_on_the_precision_of_the_run() -> None:
+    """Early in a run, all embeddings share a large mean. In 16 bits, their inner products are then equal."""
+    mean = F.normalize(torch.randn(64), dim=0)
+    queue = F.normalize(10 * mean + F.normalize(torch.randn(500, 64), dim=1), dim=1)
+    z = F.normalize(10 * mean + F.normalize(torch.randn(20, 64), dim=1), dim=1)
+    expected = (z.double() @ queue.T.double()).argmax(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(nearest(z, queue), expected)
+
+
 def test_neighbors_are_searched_before_the_batch_is_enqueued() -> None:
     method, batch = tiny_nnclr(), make_batch()
     before = method.queue.clone()
