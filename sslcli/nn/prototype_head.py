@@ -24,7 +24,9 @@ class Prototypes(nn.Module):
     def __init__(self, dim: int, num_prototypes: int, *, trained_gain: bool) -> None:
         super().__init__()
         self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=trained_gain)
-        self.weight_v = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_prototypes, dim), std=0.02))
+        # The lengths of the rows do not change the output. However, the same step changes the direction of a longer row
+        # less. Unlike the other layers, this one has the default initialization of nn.Linear in the official code.
+        self.weight_v = nn.Parameter(nn.Linear(dim, num_prototypes, bias=False).weight.detach())
 
     def forward(self, z: Tensor) -> Tensor:
         return F.linear(z, self.weight_g * F.normalize(self.weight_v, dim=1, eps=0.0))

@@ -59,3 +59,6 @@ def test_layers_and_initialization_are_those_of_the_official_head() -> None:
     assert not head.mlp[0].bias.any()
     assert [type(part) for part in PrototypeHead(3, hidden=4, dim=8, num_prototypes=5, layers=1).mlp] == [nn.Linear]
     torch.testing.assert_close(head.bottleneck(torch.randn(3, 300)).norm(dim=1), torch.ones(3))
+    # The prototypes have the default initialization of a linear layer: uniform with a variance of 1 / (3 dim).
+    prototypes = Prototypes(256, 400, trained_gain=False).weight_v.detach()
+    assert abs(float(prototypes.std()) - (3 * 256) ** -0.5) < 0.001
