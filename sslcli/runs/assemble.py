@@ -296,10 +296,12 @@ def suspicious_settings(job: Run, parts: Parts) -> list[str]:
     num_images = len(parts.source.splits["train"])
     if length > num_images:
         largest = 2 ** (num_images.bit_length() - 1)
-        found.append(
-            f"the queue holds {length:,} keys but there are {num_images:,} images, so views of the same image are "
-            f"negatives of each other: use method.queue_size={min(4096, largest)}, and a method.momentum of about 0.99"
-        )
+        own = "an image is also compared with earlier embeddings of itself"
+        remedy = f"use method.queue_size={min(4096, largest)}"
+        if (parts.method.num_negatives(job.loader.micro_batch_size) or 0) >= length:
+            own = "views of the same image are negatives of each other"
+            remedy += ", and a method.momentum of about 0.99"
+        found.append(f"the queue holds {length:,} keys but there are {num_images:,} images, so {own}: {remedy}")
     settings = job.settings
     wanted = round(settings.warmup_epochs * job.loader.steps_per_epoch)
     # Do not warn about the default of one epoch: it is intended to be shortened in short runs.

@@ -54,10 +54,19 @@ def test_the_advised_queue_is_shorter_than_the_set_and_a_shortened_warmup_is_nam
     line += ["method.queue_size=4096", "train.epochs=2", "train.warmup_epochs=5", "backbone.width=4"]
     output = cli("ssl-train", *line, f"run_dir={tmp_path / 'run'}").out
     assert "the queue holds 4,096 keys but there are 300 images" in output
-    assert "use method.queue_size=256" in output
+    assert "are negatives of each other: use method.queue_size=256, and a method.momentum of about 0.99" in output
     assert "train.warmup_epochs=5 is 15 steps, but the warmup takes at most a quarter of a run, here 1 of 6" in output
     line += ["method.queue_size=256", "train.warmup_epochs=0.3"]
     assert "warning" not in cli("ssl-train", *line, f"run_dir={tmp_path / 'run'}").out
+
+
+def test_a_long_queue_of_a_method_without_queued_negatives_has_a_warning_of_its_own(cli: Cli, tmp_path: Path) -> None:
+    """NNCLR has no momentum, and its queue contains neighbors instead of negatives."""
+    line = ["method=nnclr", "dataset.train_images=300", "dataset.test_images=0", "train.batch_size=90", "dry_run=true"]
+    line += ["method.queue_size=4096", "train.epochs=2", "backbone.width=4", f"run_dir={tmp_path / 'run'}"]
+    output = cli("ssl-train", *line).out.replace("\n", " ")
+    assert "so an image is also compared with earlier embeddings of itself: use method.queue_size=256" in output
+    assert "method.momentum" not in output
 
 
 def test_held_out_images_that_cannot_be_read_are_named_before_the_first_step(cli: Cli, tmp_path: Path) -> None:
