@@ -24,7 +24,6 @@ OF_OTHER_METHODS = {
         "deepclusterv2",
         "dinov2",
         "dinov3",
-        "ijepa",
         "msn",
     ),
     "vicregl",
