@@ -20,7 +20,6 @@ PREFIXES = {
 OF_OTHER_METHODS = {
     *(
         "capi",
-        "dcl",
         "deepclusterv2",
         "dinov2",
         "dinov3",

@@ -2,11 +2,15 @@
 
 Chen et al. 2020  https://arxiv.org/abs/2002.05709   conf/method/simclr.yaml
 Yeh et al. 2022   https://arxiv.org/abs/2110.06848   option `decoupled`: DCL and DCLW
+Chuang et al. 2020    https://arxiv.org/abs/2007.00224   option `same_class`: debiased contrastive loss
+Robinson et al. 2021  https://arxiv.org/abs/2010.04592   option `hardness`: hard negatives
 
 Shapes: N images per process, W processes, D embedding size.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -74,6 +78,40 @@ def decoupled_nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, sigma: floa
         return Contrast(loss, (positive > logits.amax(1)).to(loss.dtype).mean().detach())
 
 
+def debiased_nt_xent(z1: Tensor, z2: Tensor, *, temperature: float, same_class: float, hardness: float) -> Contrast:
+    """Return the debiased contrastive loss with hard negatives, as the mean over the 2N anchors of this process.
+
+    The arguments are those of `nt_xent`, and:
+
+    same_class: tau+, the estimated fraction of negatives that have the class of the anchor, at least 0 and below 1.
+        Their expected contribution is subtracted from the sum over negatives (Chuang et al., eq. 8).
+    hardness: beta, at least 0. Negatives have weights proportional to exp(beta s / temperature), where s is their
+        similarity to the anchor (Robinson et al., eq. 4). With 0, all weights are equal.
+
+    With P = exp(s / temperature) of the positive and M negatives, the loss is -log(P / (P + N)), where N is the larger
+    of (sum of weighted exponentials - tau+ M P) / (1 - tau+) and M exp(-1 / temperature), the least possible sum.
+    """
+    check_temperature(temperature)
+    with torch.autocast(z1.device.type, enabled=False):
+        z1, z2 = (F.normalize(full_precision(z), dim=1) for z in (z1, z2))
+        num_rows, total = len(z1), world_size() * len(z1)
+        candidates = torch.cat([all_gather_with_grad(z1), all_gather_with_grad(z2)])  # (2WN, D)
+        positive = ((z1 * z2).sum(1) / temperature).repeat(2)
+        mine = rank() * num_rows + torch.arange(num_rows, device=z1.device)
+        same_image = torch.stack([mine, mine + total], dim=1).repeat(
+            2, 1
+        )  # (2N, 2): the anchor itself and its positive
+        logits = (torch.cat([z1, z2]) @ candidates.T / temperature).scatter(1, same_image, -torch.inf)
+        count = 2 * total - 2
+        weighted = logits + torch.log_softmax(hardness * logits, dim=1) if hardness else logits - math.log(count)
+        negatives = weighted.exp().sum(1) * count
+        share = positive.exp()
+        least = count * math.exp(-1 / temperature)
+        negatives = ((negatives - same_class * count * share) / (1 - same_class)).clamp(min=least)
+        loss = (torch.log(share + negatives) - positive).mean()
+        return Contrast(loss, (positive > logits.amax(1)).to(loss.dtype).mean().detach())
+
+
 class SimCLR(Method):
     """SimCLR: NT-Xent loss between two views, with the views of the global batch as negatives.
 
@@ -88,6 +126,9 @@ class SimCLR(Method):
         temperature: divisor of the similarities: 0.1 on ImageNet with large batches, 0.5 on CIFAR-10.
         decoupled: "none", or the loss without the positive in its denominator: "unweighted" (DCL) or "weighted" (DCLW).
         sigma: temperature of the weights of DCLW.
+        same_class: estimated fraction of negatives of the same class, for the debiased loss; 0.1 on CIFAR-10. With 0,
+            the loss is not debiased.
+        hardness: strength of the weights of hard negatives (beta), 1 on CIFAR-10 and STL-10. 0 weights all equally.
         mixture: an `UnMix` that mixes the first views of different images; None adds no mixtures. In a second loss
             term, the mixtures replace the first views.
     """
@@ -107,6 +148,8 @@ class SimCLR(Method):
         temperature: float = 0.1,
         decoupled: str = "none",
         sigma: float = 0.5,
+        same_class: float = 0.0,
+        hardness: float = 0.0,
         mixture: UnMix | None = None,
     ) -> None:
         super().__init__(backbone)
@@ -117,6 +160,13 @@ class SimCLR(Method):
             raise ValueError(f"sigma is {sigma}, but it divides similarities, so it must be positive")
         if layers < 1:
             raise ValueError(f"layers is {layers}, but the head has at least one")
+        if not 0 <= same_class < 1 or hardness < 0:
+            raise ValueError(
+                f"same_class is {same_class} and hardness is {hardness}, but same_class is a fraction below 1, and "
+                "hardness is at least 0"
+            )
+        if (same_class or hardness) and decoupled != "none":
+            raise ValueError(f"decoupled is {decoupled}, but same_class and hardness belong to another loss: set one")
         width = num_features(backbone)
         widths = [width, *([hidden or width] * (layers - 1)), dim]
         bias = not norm
@@ -128,6 +178,7 @@ class SimCLR(Method):
         convert_batch_norm(self, SyncBatchNorm)
         self.temperature = temperature
         self.decoupled, self.sigma = decoupled, sigma
+        self.same_class, self.hardness = same_class, hardness
         self.mixture = mixture
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -152,6 +203,9 @@ class SimCLR(Method):
 
     def contrast(self, z1: Tensor, z2: Tensor) -> Contrast:
         """Return the loss of the embeddings (N, D) of two views."""
+        if self.same_class or self.hardness:
+            options = {"same_class": self.same_class, "hardness": self.hardness}
+            return debiased_nt_xent(z1, z2, temperature=self.temperature, **options)
         if self.decoupled == "none":
             return nt_xent(z1, z2, temperature=self.temperature)
         sigma = self.sigma if self.decoupled == "weighted" else None

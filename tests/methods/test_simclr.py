@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
 from processes import Pair, my_half
-from sslcli.methods.simclr import SimCLR, decoupled_nt_xent, nt_xent
+from sslcli.methods.simclr import SimCLR, debiased_nt_xent, decoupled_nt_xent, nt_xent
 from sslcli.nn.batch_norm import SyncBatchNorm
 from tiny import TinyNet, make_batch
 
@@ -48,6 +48,64 @@ def test_weighted_decoupled_loss_equals_lightly(case: Case) -> None:
     case.check(loss, "loss_dclw")
     case.check((case.outputs["loss_dclw_12"] + case.outputs["loss_dclw_21"]) / 2, "loss_dclw")
     case.check(z1.grad, "grad_z1")
+
+
+def check_debiased(case: Case, hardness: float) -> None:
+    z1, z2 = (case.inputs[name].requires_grad_() for name in ("z1", "z2"))
+    values = {"temperature": case.params["temperature"], "same_class": case.params["tau_plus"], "hardness": hardness}
+    loss = debiased_nt_xent(z1, z2, **values).loss
+    gradients = torch.autograd.grad(loss, (z1, z2))
+    case.check(loss, "loss")
+    # The official gradient is that of unit vectors, and this function normalizes: compare the tangential parts.
+    for z, gradient, name in zip((z1, z2), gradients, ("grad_z1", "grad_z2"), strict=True):
+        official = case.outputs[name]
+        tangential = official - (official * z).sum(1, keepdim=True) * z
+        torch.testing.assert_close(gradient, tangential.detach(), rtol=1e-4, atol=1e-5)
+
+
+@golden_cases("debiased")
+def test_debiased_loss_equals_the_official_code(case: Case) -> None:
+    check_debiased(case, hardness=0.0)
+
+
+@golden_cases("hcl")
+def test_loss_with_hard_negatives_equals_the_official_code(case: Case) -> None:
+    check_debiased(case, hardness=case.params["beta"])
+
+
+def test_without_debiasing_and_hardness_the_loss_is_that_of_simclr() -> None:
+    z1, z2 = torch.randn(2, 6, 4, dtype=torch.float64)
+    found = debiased_nt_xent(z1, z2, temperature=0.3, same_class=0.0, hardness=0.0)
+    torch.testing.assert_close(found.loss, nt_xent(z1, z2, temperature=0.3).loss)
+    torch.testing.assert_close(found.accuracy, nt_xent(z1, z2, temperature=0.3).accuracy)
+
+
+def test_a_method_with_hard_negatives_computes_the_loss_from_its_embeddings() -> None:
+    method, batch = tiny_simclr(same_class=0.1, hardness=0.7), make_batch()
+    z1, z2 = method.embed(batch)
+    expected = debiased_nt_xent(z1, z2, temperature=0.5, same_class=0.1, hardness=0.7).loss
+    torch.testing.assert_close(method.compare((z1, z2))["loss"], expected)
+
+
+def debiased_of_a_part(z1: Tensor, z2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    a, b = my_half(z1).requires_grad_(), my_half(z2).requires_grad_()
+    loss = debiased_nt_xent(a, b, temperature=0.5, same_class=0.1, hardness=1.0).loss
+    loss.backward()
+    assert a.grad is not None
+    assert b.grad is not None
+    return loss.detach(), a.grad / 2, b.grad / 2  # processes average their gradients
+
+
+def test_two_processes_compute_the_debiased_loss_of_the_whole_batch(pair: Pair) -> None:
+    z1, z2 = torch.randn(2, 6, 4, dtype=torch.float64)
+    (loss1, *first), (loss2, *second) = pair.run(debiased_of_a_part, z1, z2)
+    z1.requires_grad_()
+    z2.requires_grad_()
+    whole = debiased_nt_xent(z1, z2, temperature=0.5, same_class=0.1, hardness=1.0).loss
+    whole.backward()
+    torch.testing.assert_close((loss1 + loss2) / 2, whole.detach())
+    for z, *parts in zip((z1, z2), first, second, strict=True):
+        torch.testing.assert_close(torch.cat(parts), z.grad)
 
 
 def test_decoupled_loss_lacks_the_positive_in_the_denominator() -> None:
@@ -200,6 +258,9 @@ def test_two_processes_compute_the_loss_and_gradient_of_the_whole_batch(pair: Pa
         ({"layers": 0}, "layers is 0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"sigma": 0.0}, "sigma is 0.0"),
+        ({"same_class": 1.0}, "same_class is 1.0"),
+        ({"hardness": -1.0}, "hardness is -1.0"),
+        ({"hardness": 1.0, "decoupled": "weighted"}, "decoupled is weighted, but same_class and hardness"),
         ({"decoupled": "yes"}, "decoupled is 'yes', but it must be one of none, unweighted, weighted"),
     ],
 )
