@@ -15,6 +15,7 @@ from sslcli.system.memory import available_memory
 
 CPU_WORKERS = 2
 SMALL_SIDE, FEW_CORES = 64, 2  # pixels per side, cores per process; see default_workers
+MOST_GPU_WORKERS = 32  # by default; every split forks its workers, and with 224 pixels each one needs 0.4 GB
 MANY_WORKERS = 8  # more workers than this prefetch fewer batches each
 CONSUMED_BATCHES = 3  # batches that training uses, receives, and requested last, besides the prefetched ones
 WORKER_BYTES = 100_000_000  # memory of a worker besides its batches
@@ -25,7 +26,8 @@ MEMORY_FRACTION = 0.5  # of the available memory, for the workers of all process
 def default_workers(image_size: int) -> int:
     """Return the number of data workers to use if `dataset.workers` is null.
 
-    - With a GPU, the number is the number of cores of this process minus one for the process itself, at least 1.
+    - With a GPU, the number is the number of cores of this process minus one for the process itself, at least 1
+      and at most 32.
     - Without a GPU, if images have at most 64 pixels per side and the process has at most 2 cores, the number is 0.
     - In all other cases without a GPU, the number is 2, because training also needs the cores.
 
@@ -33,7 +35,7 @@ def default_workers(image_size: int) -> int:
     measurements.
     """
     if torch.cuda.is_available():
-        return max(1, cpu.cores_per_process() - 1)
+        return min(max(1, cpu.cores_per_process() - 1), MOST_GPU_WORKERS)
     return 0 if image_size <= SMALL_SIDE and cpu.cores_per_process() <= FEW_CORES else CPU_WORKERS
 
 
