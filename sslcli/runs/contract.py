@@ -29,6 +29,17 @@ def check_members(method: Method) -> None:
             f"{name} {found}. It must be the number of views per image that forward takes, an integer of at least 1: "
             "set it in the class, as in num_views = 2"
         )
+    part = method.evaluated_part
+    if part != kind.evaluated_part:
+        raise ConfigError(
+            f"{name} sets evaluated_part = {part!r} on the instance, but ssl-export reads it from the class: set it in "
+            "the class"
+        )
+    if part not in dict(method.named_modules()):
+        raise ConfigError(
+            f"{name} has evaluated_part = {part!r}, but no submodule of this name: set it to the dotted name of the "
+            'network to evaluate, such as "backbone"'
+        )
 
 
 def check_scalars(scalars: object, method: type) -> Tensor:

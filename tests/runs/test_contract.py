@@ -44,6 +44,17 @@ def with_views(value: Any) -> Method:
     return type("Own", (Own,), {"num_views": value})(TinyNet())  # type: ignore[no-any-return]
 
 
+def of_part(name: str) -> Method:
+    return type("Own", (Own,), {"evaluated_part": name})(TinyNet())  # type: ignore[no-any-return]
+
+
+class OwnPart(Own):
+    def __init__(self) -> None:
+        super().__init__(TinyNet())
+        self.twin = TinyNet()
+        self.evaluated_part = "twin"
+
+
 @pytest.mark.parametrize(
     ("method", "expected"),
     [
@@ -53,6 +64,8 @@ def with_views(value: Any) -> Method:
         (lambda: with_views("2"), r"has num_views = '2'. It must"),
         (lambda: with_views(0), r"has no num_views. It must"),
         (lambda: with_views(True), r"has num_views = True. It must"),
+        (lambda: of_part("teacher"), r"has evaluated_part = 'teacher', but no submodule of this name: set it to the"),
+        (OwnPart, r"OwnPart sets evaluated_part = 'twin' on the instance, but ssl-export reads it from the class"),
     ],
 )
 def test_a_method_without_a_required_member_is_rejected(method: Callable[[], Method], expected: str) -> None:
