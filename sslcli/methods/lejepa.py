@@ -128,6 +128,14 @@ class LeJEPA(Method):
         self.embeddings = tuple(full_precision(view.detach()) for view in z[:num_global])
         return {"loss": (1 - self.weight) * near + self.weight * normal, "invariance": near, "sigreg": normal}
 
+    def check_views(self, views: list[Tensor]) -> None:
+        is_global = [view.shape == views[0].shape for view in views]
+        if False in is_global and True in is_global[(local := is_global.index(False)) :]:
+            raise ValueError(
+                f"view {local + 1} has another size than view 1, but a later view has the size of view 1: put all views "
+                "of this size, the global views, before the others in views.views"
+            )
+
     def after_step(self, progress: float) -> None:
         self.draw_directions()
 

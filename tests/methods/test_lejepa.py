@@ -170,3 +170,15 @@ def test_two_processes_compute_the_loss_and_gradient_of_the_whole_batch(pair: Pa
 def test_impossible_values_are_refused(changes: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tiny_lejepa(**changes)
+
+
+def test_global_views_must_be_first() -> None:
+    """The first views are the global ones, so a small view between them would be part of the center."""
+    large, small = torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 4, 4)
+    method = tiny_lejepa(num_views=3)
+    method.check_views([large, large, small])
+    method.check_views([large, large, large])
+    with pytest.raises(
+        ValueError, match="view 2 has another size than view 1, but a later view has the size of view 1"
+    ):
+        method.check_views([large, small, large])
