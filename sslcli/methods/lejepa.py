@@ -132,8 +132,8 @@ class LeJEPA(Method):
         is_global = [view.shape == views[0].shape for view in views]
         if False in is_global and True in is_global[(local := is_global.index(False)) :]:
             raise ValueError(
-                f"view {local + 1} has another size than view 1, but a later view has the size of view 1: put all views "
-                "of this size, the global views, before the others in views.views"
+                f"view {local + 1} has another size than view 1, but a later view has the size of view 1: put all "
+                "views of this size, the global views, before the others in views.views"
             )
 
     def after_step(self, progress: float) -> None:
