@@ -21,7 +21,6 @@ OF_OTHER_METHODS = {
     *(
         "capi",
         "deepclusterv2",
-        "dinov2",
         "dinov3",
         "msn",
     ),

@@ -147,21 +147,39 @@ class IBOT(DINO):
         logits = full_precision(self.head.last_layer(bottleneck))
         student_class = logits[: len(views) * count].view(len(views), count, -1)  # (V, N, K)
         student_patches = logits[len(views) * count :].view(*mask.shape, -1)  # (2, N, P, K)
-        target = centered(teacher_class, self.center, self.current_teacher_temperature)
-        patch_target = centered(teacher_patches, self.patch_center, self.current_patch_teacher_temperature)
+        target, patch_target = self.class_target(teacher_class), self.patch_target(teacher_patches, mask)
         self.embeddings = tuple(bottleneck.detach()[: NUM_GLOBAL * count].chunk(NUM_GLOBAL))
         self.new_centers.append(all_reduce_mean(teacher_class.mean((0, 1))))
-        self.new_patch_centers.append(all_reduce_mean(teacher_patches.mean((0, 1, 2))))
+        self.new_patch_centers.append(self.mean_patch(teacher_patches, mask))
         whole = cross_entropy_of_views(student_class, target, temperature=self.temperature)
         parts = cross_entropy_of_patches(student_patches, patch_target, mask, temperature=self.temperature)
+        further = self.further_terms(tokens[:, 0].view(NUM_GLOBAL, count, -1))
         entropy = torch.special.entr(target).sum(2).mean()
+        loss = self.class_weight * whole + self.patch_weight * parts
         return {
-            "loss": self.class_weight * whole + self.patch_weight * parts,
+            "loss": sum(further.values(), loss),
             "class_loss": whole,
             "patch_loss": parts,
+            **further,
             "teacher_entropy": entropy,
             "divergence": whole.detach() - entropy,
         }
+
+    def class_target(self, teacher: Tensor) -> Tensor:
+        """Return the target probabilities of class tokens: logits (2, N, K) -> (2, N, K)."""
+        return centered(teacher, self.center, self.current_teacher_temperature)
+
+    def patch_target(self, teacher: Tensor, mask: Tensor) -> Tensor:
+        """Return the target probabilities of patches: logits (2, N, P, K) -> (2, N, P, K). `mask` is (2, N, P) bool."""
+        return centered(teacher, self.patch_center, self.current_patch_teacher_temperature)
+
+    def mean_patch(self, teacher: Tensor, mask: Tensor) -> Tensor:
+        """Return the mean of the teacher's logits of patches over all processes: (2, N, P, K) -> (K,)."""
+        return all_reduce_mean(teacher.mean((0, 1, 2)))
+
+    def further_terms(self, class_tokens: Tensor) -> dict[str, Tensor]:
+        """Return weighted terms that are added to the loss, by name. `class_tokens` (2, N, D) are the student's."""
+        return {}
 
     def draw_masks(self, count: int, device: torch.device) -> Tensor:
         """Draw the masks of both global views of `count` images: (2, count, P) bool, True = masked."""

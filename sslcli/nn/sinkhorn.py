@@ -14,8 +14,13 @@ from sslcli.distributed.collectives import all_gather
 
 
 @torch.no_grad()
-def sinkhorn(logits: Tensor, *, temperature: float, iterations: int = 3) -> Tensor:
+def sinkhorn(
+    logits: Tensor, *, temperature: float | Tensor, iterations: int = 3, counted: Tensor | None = None
+) -> Tensor:
     """Return the assignment probabilities (N, K) of the rows of `logits` (N, K), in float32 or float64.
+
+    `counted` (N,) bool: only the rows with True count in the sums of the columns, at least one over all processes. None
+    = all rows.
 
     Starting from exp(logits / temperature), each iteration scales the columns to equal sums over the images of all
     processes, and then the rows to the sum 1. With few iterations, the columns are only nearly equal; the rows always
@@ -26,7 +31,8 @@ def sinkhorn(logits: Tensor, *, temperature: float, iterations: int = 3) -> Tens
     """
     scores = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     for _ in range(iterations):
-        of_process = torch.logsumexp(scores, dim=0, keepdim=True)  # (1, K)
+        rows = scores if counted is None else scores.masked_fill(~counted[:, None], -torch.inf)
+        of_process = torch.logsumexp(rows, dim=0, keepdim=True)  # (1, K)
         scores = scores - torch.logsumexp(all_gather(of_process), dim=0)
         scores = scores - torch.logsumexp(scores, dim=1, keepdim=True)
     return scores.exp()
