@@ -70,9 +70,10 @@ class SimSiam(Method):
         super().__init__(backbone)
         if num_views < 2:
             raise ValueError(f"num_views is {num_views}, but each view is predicted from others: choose at least 2")
-        check_positive(layers=layers)
         width = num_features(backbone)
-        self.projector = mlp([width, *([hidden or width] * (layers - 1)), dim], last_norm="plain")
+        hidden = width if hidden is None else hidden
+        check_positive(layers=layers, hidden=hidden)
+        self.projector = mlp([width, *([hidden] * (layers - 1)), dim], last_norm="plain")
         self.predictor = mlp([dim, predictor_hidden, dim], last_bias=True) if predictor else nn.Identity()
         convert_batch_norm(self, SyncBatchNorm)
         self.num_views = num_views

@@ -137,3 +137,5 @@ def test_impossible_values_are_refused() -> None:
         tiny_simsiam(num_views=1)
     with pytest.raises(ValueError, match="layers"):
         tiny_simsiam(layers=0)
+    with pytest.raises(ValueError, match="hidden is 0"):
+        tiny_simsiam(hidden=0)
