@@ -334,8 +334,8 @@ def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any
         trained = evaluation.subject.net("trained")
         check_images_fit(evaluation, trained)
         example = evaluation.task().example()
-        if isinstance(trained, Method):
-            evaluation.evaluated_part = trained.evaluated_part
+        named = trained if isinstance(trained, Method) else evaluation.subject
+        evaluation.evaluated_part = named.evaluated_part
         evaluation.layer, evaluation.default_layer = protocol.choose_layer(
             evaluation.config.feature_layer, trained, example
         )

@@ -21,6 +21,7 @@ from sslcli.data.views.views import Views
 from sslcli.engine import checkpoint, precision
 from sslcli.engine.checkpoint_check import NOT_OF_THE_NETWORK, check_configuration
 from sslcli.errors import ConfigError
+from sslcli.methods.base import Method
 from sslcli.runs import directory
 from sslcli.runs.build import accelerate, build_backbone, build_method, build_source, build_views, check_classes
 from sslcli.system.stored import DamagedFile, checked
@@ -38,6 +39,7 @@ class ExportOptions(TypedDict, total=False):
     dataset: dict[str, Any]
     method: dict[str, Any]
     image_fingerprint: str | None
+    evaluated_part: str
 
 
 class Export(ExportOptions):
@@ -69,6 +71,7 @@ class Subject:
     monitor: dict[str, Any]  # settings monitor.* of the run; {} if a weight file has none
     has_other_images: bool  # True if pre-training did not use the images of the evaluation
     image_size: int | None  # image size of pre-training in pixels; None if unknown
+    evaluated_part: str = Method.evaluated_part  # of an exported backbone; a method has its own attribute
 
     def prepare(self, images: Tensor) -> Tensor:
         """Apply the color space and normalization of pre-training to images in [0, 1]."""
@@ -319,6 +322,7 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
         monitor=exported.get("monitor", {}),
         has_other_images=_has_other_images_than_export(source, node, exported),
         image_size=exported.get("image_size"),
+        evaluated_part=exported.get("evaluated_part", Method.evaluated_part),
     )
     return subject, source
 

@@ -88,6 +88,7 @@ def test_the_evaluated_part_is_measured_fine_tuned_and_exported(
     assert not all(torch.equal(exported["state_dict"][name], saved[f"backbone.{name}"]) for name in names)
     assert cli("ssl-eval", f"weights={out}", *SAME, "protocol=knn").code == 0
     assert numbers(Path(f"{out}.eval") / "knn.json") == numbers(run / "eval/knn.json")
+    assert json.loads(Path(f"{out}.eval/knn.json").read_text())["evaluated_part"] == "target_backbone"
     tuning = ["protocol=finetune", "protocol.steps=2", "protocol.lrs=[0.1]", "baselines=false"]
     assert cli("ssl-eval", f"run={run}", *tuning).code == 0
 
