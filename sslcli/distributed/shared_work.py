@@ -79,24 +79,6 @@ def _copy(error: Exception) -> Exception:
     return TrainingFailed(f"process {collectives.rank()} failed ({summary(error)})\n{lines}\n{BUG}")
 
 
-def on_main(compute: Callable[[], T]) -> T | None:
-    """Return `compute()` on rank 0, and None on all other processes, which wait.
-
-    Within `compute`, rank 0 acts like a run with one process, so `compute` may be any code that does not know of other
-    processes. If `compute` raises, all processes raise, see `agreed`.
-    """
-    if collectives.world_size() == 1:
-        return compute()
-
-    def alone() -> T | None:
-        if not collectives.is_main():
-            return None
-        with collectives.single_process(), watchdog.busy():
-            return compute()
-
-    return agreed(alone)
-
-
 def spread(jobs: Sequence[Callable[[], T]]) -> list[T]:
     """Call each of `jobs` on one process, and return all results, in the order of the jobs, on all processes.
 

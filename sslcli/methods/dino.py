@@ -49,8 +49,11 @@ def centered(teacher: Tensor, center: Tensor, temperature: Tensor | float) -> Te
 def teacher_temperature_at(epoch: float, *, start: float, end: float, epochs: int) -> float:
     """Return the teacher temperature in `epoch`. It increases linearly from `start` during the first `epochs` epochs.
 
-    The temperature is constant in an epoch, and the last epoch of the increase has the temperature `end`.
+    The temperature is constant in an epoch, and the last epoch of the increase has the temperature `end`. With a single
+    epoch, this epoch has the temperature `start`, as in the official code.
     """
+    if epochs == 1 and epoch < 1:
+        return start
     return linear(int(epoch), start=start, end=end, length=epochs - 1)
 
 
@@ -111,6 +114,11 @@ class DINO(Method):
             check_temperature(value)
         if num_views < NUM_GLOBAL:
             raise ValueError(f"num_views is {num_views}, but the teacher encodes two views: choose at least 2")
+        if freeze_last_layer_epochs < 0 or warmup_teacher_temperature_epochs < 0:
+            raise ValueError(
+                f"freeze_last_layer_epochs is {freeze_last_layer_epochs} and warmup_teacher_temperature_epochs is "
+                f"{warmup_teacher_temperature_epochs}, but neither can be negative"
+            )
         self.head = PrototypeHead(
             num_features(backbone),
             hidden=hidden,
@@ -150,6 +158,11 @@ class DINO(Method):
         loss = cross_entropy_of_views(student, target, temperature=self.temperature)
         entropy = torch.special.entr(target).sum(2).mean()
         return {"loss": loss, "teacher_entropy": entropy, "divergence": loss.detach() - entropy}
+
+    def check_views(self, views: list[Tensor]) -> None:
+        first, second = (tuple(view.shape[2:]) for view in views[:NUM_GLOBAL])
+        if first != second:
+            raise ValueError(f"the first two views have {first} and {second} pixels, but DINO needs one size for both")
 
     @torch.no_grad()
     def teacher_logits(self, views: list[Tensor]) -> Tensor:

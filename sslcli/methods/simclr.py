@@ -154,6 +154,8 @@ class SimCLR(Method):
     ) -> None:
         super().__init__(backbone)
         check_temperature(temperature)
+        if hidden is not None and hidden < 1:
+            raise ValueError(f"hidden is {hidden}, but a hidden layer has at least one unit; null: as many as features")
         if decoupled not in DECOUPLED:
             raise ValueError(f"decoupled is {decoupled!r}, but it must be one of {', '.join(DECOUPLED)}")
         if not sigma > 0:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from processes import Pair
-from sslcli.distributed import collectives, shared_work, watchdog
+from sslcli.distributed import collectives, shared_work
 from sslcli.errors import ConfigError, NotFinite, ProcessLost, TrainingFailed, UserCodeError, is_out_of_memory
 
 
@@ -123,26 +121,3 @@ def test_an_unexpected_error_is_raised_on_the_others_with_its_traceback(pair: Pa
     assert kind in (TrainingFailed.__name__, UserCodeError.__name__)
     assert text in message
     assert "in compute" in message
-
-
-def on_main(result: Any) -> Any:
-    def compute() -> Any:
-        if isinstance(result, Exception):
-            raise result
-        time.sleep(2.5 * watchdog.BUSY_INTERVAL)
-        return result, collectives.world_size()
-
-    before = watchdog._own.actions
-    try:
-        return shared_work.on_main(compute), watchdog._own.actions - before
-    except Exception as error:
-        return str(error)
-
-
-def test_rank_0_works_alone_and_counts_as_busy_meanwhile(pair: Pair) -> None:
-    (found, actions), (nothing, others) = pair.run(on_main, "result")
-    assert found == ("result", 1)
-    assert nothing is None
-    assert actions >= others + 2
-    assert pair.run(on_main, ConfigError("wrong")) == ["wrong", "wrong"]
-    assert shared_work.on_main(lambda: 3) == 3

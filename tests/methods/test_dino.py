@@ -201,6 +201,18 @@ def test_teacher_temperature_is_constant_in_an_epoch_and_ends_at_its_final_value
     found = [teacher_temperature_at(epoch, start=0.04, end=0.07, epochs=4) for epoch in (0, 0.5, 1, 2, 3, 9)]
     assert found == pytest.approx([0.04, 0.04, 0.05, 0.06, 0.07, 0.07])
     assert teacher_temperature_at(0, start=0.04, end=0.07, epochs=0) == 0.07
+    assert [teacher_temperature_at(epoch, start=0.04, end=0.07, epochs=1) for epoch in (0, 0.9, 1)] == [
+        0.04,
+        0.04,
+        0.07,
+    ]
+
+
+def test_global_views_of_two_sizes_are_refused() -> None:
+    small, large = torch.zeros(2, 3, 4, 4), torch.zeros(2, 3, 8, 8)
+    tiny_dino().check_views([large, large, small, small])
+    with pytest.raises(ValueError, match="the first two views have"):
+        tiny_dino().check_views([large, small, small, small])
 
 
 def losses_and_center(batch: Batch) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -235,6 +247,7 @@ def test_two_processes_compute_the_loss_center_and_gradient_of_the_whole_batch(p
         ({"teacher_temperature": 0.0}, "temperature is 0.0"),
         ({"momentum": 1.5}, "momentum is 1.5"),
         ({"num_prototypes": 0}, "num_prototypes"),
+        ({"freeze_last_layer_epochs": -1}, "freeze_last_layer_epochs is -1"),
     ],
 )
 def test_impossible_values_are_refused(changes: dict[str, float], message: str) -> None:

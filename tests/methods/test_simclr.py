@@ -256,6 +256,7 @@ def test_two_processes_compute_the_loss_and_gradient_of_the_whole_batch(pair: Pa
     ("changes", "message"),
     [
         ({"layers": 0}, "layers is 0"),
+        ({"hidden": 0}, "hidden is 0"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"sigma": 0.0}, "sigma is 0.0"),
         ({"same_class": 1.0}, "same_class is 1.0"),
