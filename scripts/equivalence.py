@@ -188,7 +188,8 @@ class Difference:
 
 def compare(actual: Trace, expected: Trace) -> Difference:
     """Return the differences of `actual` from `expected`."""
-    losses = [(a["loss"], b["loss"]) for a, b in zip(actual.scalars, expected.scalars, strict=True)]
+    # A cosine loss may be close to 0 in single steps, so the differences are relative to the largest loss.
+    losses, expected_losses = (torch.stack([step["loss"] for step in trace.scalars]) for trace in (actual, expected))
     gradients, reference = next(
         pair
         for pair in zip(actual.gradients, expected.gradients, strict=True)
@@ -199,7 +200,7 @@ def compare(actual: Trace, expected: Trace) -> Difference:
     scale = max(float(gradient.abs().max()) for gradient in reference.values())
     pairs = [(n, actual.state[n], expected.state[n]) for n in expected.state if isinstance(expected.state[n], Tensor)]
     return Difference(
-        loss=max(relative_difference(a, b) for a, b in losses),
+        loss=relative_difference(losses, expected_losses),
         gradient=max(float((gradients[n] - reference[n]).abs().max()) for n in reference) / scale,
         state=max(relative_difference(a, b) for _, a, b in pairs if b.is_floating_point() and b.numel()),
         integers=[n for n, a, b in pairs if not b.is_floating_point() and not torch.equal(a, b)],

@@ -88,6 +88,7 @@ class IJEPA(Method):
 
     Args:
         image_size: side of the images in pixels. `ssl-train` sets it.
+        backbone_pool: "mean". The configurations of vision transformers use it as the default of `backbone.pool`.
         predictor_dim: width E of the predictor, divisible by 4 and by `predictor_heads`.
         predictor_depth: number of blocks of the predictor.
         predictor_heads: attention heads of the predictor.
@@ -113,6 +114,7 @@ class IJEPA(Method):
         backbone: nn.Module,
         *,
         image_size: int,
+        backbone_pool: str = "mean",
         predictor_dim: int = 384,
         predictor_depth: int = 6,
         predictor_heads: int = 12,
@@ -132,7 +134,7 @@ class IJEPA(Method):
             num_targets=num_targets,
         )
         check_momentum(momentum, final_momentum)
-        if isinstance(backbone, VisionTransformer) and backbone.pool != "mean":
+        if backbone_pool != "mean" or (isinstance(backbone, VisionTransformer) and backbone.pool != "mean"):
             raise ValueError(
                 "the features of the backbone are its class token, which I-JEPA does not train: set backbone.pool=mean"
             )

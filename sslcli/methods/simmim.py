@@ -40,6 +40,8 @@ class SimMIM(Method):
     Args:
         image_size: side of the images in pixels.
         channels: image channels C.
+        backbone_pool: not used here. The configurations of vision transformers use it as the default of
+            `backbone.pool`.
         mask_ratio: fraction of masked cells, above 0 and at most 1.
         cell_size: side of a mask cell in pixels, a multiple of the patch size that divides `image_size`. None selects
             two patches, or one patch if the image has an odd number of patches per side.
@@ -56,6 +58,7 @@ class SimMIM(Method):
         *,
         image_size: int,
         channels: int = 3,
+        backbone_pool: str = "mean",
         mask_ratio: float = 0.6,
         cell_size: int | None = None,
     ) -> None:

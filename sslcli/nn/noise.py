@@ -143,12 +143,12 @@ def _normal(bits: Tensor) -> Tensor:
     The highest bits determine the radius. The lowest bits determine the angle, after the last step of splitmix64, which
     changes only them.
     """
-    radius = (1 - _uniform(bits)).log_().mul_(-2).sqrt_()
+    radius = _fraction(bits >> (64 - _BITS), -1.0).log1p_().mul_(-2).sqrt_()
     return radius.mul_(_fraction((bits >> 31) ^ bits, 2 * math.pi).cos_())
 
 
 def _fraction(bits: Tensor, high: float = 1.0) -> Tensor:
-    """Return float32 numbers in [0, high), computed from the lowest `_BITS` bits of each number of `bits`."""
+    """Return float32 numbers from 0 up to, but not including, `high`, from the lowest `_BITS` bits of each number."""
     return (bits & ((1 << _BITS) - 1)).mul(high / (1 << _BITS)).float()
 
 

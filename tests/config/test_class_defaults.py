@@ -41,7 +41,7 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_sections_without_a_class_have_the_defaults_of_their_settings() -> None:
-    assert section_defaults("monitor") == {"knn_split": "val"}
+    assert section_defaults("monitor") == {"knn_split": "val", "knn_queries": None}
     assert section_defaults("optimizer") == {}
 
 

@@ -121,7 +121,10 @@ def fresh() -> Iterator[None]:
 
 
 # Methods with random numbers, of which only the backbone is compiled
-DRAWING = {"autoencoder", "bigan", "cmc", "cpc", "cpc_v2", "dcgan", "deep_infomax", "infomin", "memory_bank", "vae"}
+DRAWING = {
+    *("autoencoder", "bigan", "cmc", "cpc", "cpc_v2", "dcgan", "deep_infomax", "dinov2", "ibot", "ijepa", "infomin"),
+    *("lejepa", "mae", "memory_bank", "simmim", "vae"),
+}
 
 
 @pytest.mark.usefixtures("fresh")

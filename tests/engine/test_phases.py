@@ -17,7 +17,7 @@ def settings(**changes: object) -> TrainSettings:
     values |= {"epochs": 2, "batch_size": 8, "accumulate": 1, "log_every_steps": 1, "keep": 1, "save_every_epochs": 1}
     values |= {"precision": "fp32", "sharding": "none", "lr_scaling": "none", "schedule": "cosine", "warmup_epochs": 0}
     values |= {"final_lr": 0.0, "milestones": [0.5], "compile": False, "cached_gradients": False, "extend": "rescale"}
-    values |= {"warmup_from": 0.0, "schedule_length": 1.0}
+    values |= {"warmup_from": 0.0, "schedule_length": 1.0, "clip_grad_by": "all"}
     return TrainSettings(**(values | changes))  # type: ignore[arg-type]
 
 

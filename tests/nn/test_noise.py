@@ -165,7 +165,9 @@ def test_a_draw_on_a_gpu_launches_at_most_30_kernels_and_draws_the_numbers_of_th
         move_to_device(source)
         found = drawn(source, CUDA)
         assert (counter.found, 0 < counter.kernels.total() <= 30) == ([], True)
-        assert torch.equal(found.cpu(), expected)
+        # The last bit of a logarithm or cosine depends on its place in a vector of the CPU.
+        tolerance = {"rtol": 1e-5, "atol": 1e-6} if kind == "normal" else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(found.cpu(), expected, **tolerance)
 
 
 def test_draws_whose_keys_differ_by_a_few_counts_do_not_share_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
