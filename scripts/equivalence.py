@@ -102,7 +102,10 @@ VARIANTS = [
     Case("bigan, hinge, R1", ("method=bigan", "method.loss=hinge", "method.unary=true", "method.r1=1"), rounding=ADAM),
     Case("dcgan, R1", ("method=dcgan", "method.r1=1"), rounding=NORM),
 ]
-ROUNDING = {"bigan": NORM, "dcgan": NORM, "deep_infomax": ADAM}  # cases of the methods with their default settings
+ROUNDING = {  # cases of the methods with their default settings
+    **dict.fromkeys(("bigan", "dcgan"), NORM),
+    **dict.fromkeys(("deep_infomax", "dino", "dinov2", "ibot", "lejepa", "mae"), ADAM),
+}
 MORE_OVERRIDES = {"memory_bank": (TWO_EPOCHS,)}
 CASES = [
     *(
