@@ -17,7 +17,7 @@ from sslcli.runs import worker
 
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
-SIZES = (32, 64, 128)  # of the images, where the recipe's own are larger: the first that backbone and method take
+SIZES = (32, 64, 112, 128)  # of the images, where the recipe's own are larger: the first that backbone and method take
 LARGE = 512  # whole numbers beyond are widths and counts of negatives, which take time and decide nothing here
 OVERRIDES = [
     "dataset=shapes",

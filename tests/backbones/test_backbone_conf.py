@@ -40,6 +40,8 @@ def test_a_yaml_writes_out_every_keyword_and_builds_what_it_says(word: str) -> N
     assert set(values) == set(inspect.signature(target).parameters)
     assert values.pop("image_size") == "${dataset.image_size}"
     assert values.pop("in_channels") == "${oc.select:dataset.channels,3}", "datasets without the key have 3 channels"
+    if word.startswith("vit"):
+        assert values.pop("pool") == "${oc.select:method.backbone_pool,cls}", "methods without the key have cls"
     if WIDTHS[word] is not None:
         with torch.device("meta"):
             assert target(image_size=224, in_channels=3, **values).num_features == WIDTHS[word]

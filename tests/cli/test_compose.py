@@ -73,7 +73,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("method@other=moco", ["method@other"]),
     # keys
     ("dataset=folder dataset.root=p train.epohcs=1", ["train.epohcs", "Did you mean 'epochs'?"]),
-    ("method.tempreature=1", ["method.tempreature", "Did you mean 'temperature'?", "dim, hidden"]),
+    ("method.tempreature=1", ["method.tempreature", "Did you mean 'temperature'?", "dim, hardness, hidden"]),
     ("+method.lrr=1", ["method.lrr", "Known keys in method: ", "temperature"]),
     ("++method.lrr=1", ["method.lrr", "Known keys in method: ", "temperature"]),
     ("~method.temperature", ["method.temperature", "cannot be deleted"]),
