@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -54,8 +56,14 @@ def shuffled(rows: Tensor, draw: Tensor, *, restore: bool = False) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return _shuffled(rows.detach(), draw, restore)  # type: ignore[no-any-return]
-    order = BatchShuffle(len(rows), int(draw), rows.device)
+    order = _order(len(rows), int(draw), rows.device, rank(), world_size())
     return order.restore(rows) if restore else order.shuffle(rows)
+
+
+@lru_cache(maxsize=1)  # keys are restored by the permutation by which their images were shuffled before
+def _order(num_rows: int, draw: int, device: torch.device, rank: int, world_size: int) -> BatchShuffle:
+    """Return the permutation of a draw. It depends on `rank` and `world_size`, so these are keys of the cache."""
+    return BatchShuffle(num_rows, draw, device)
 
 
 @torch.library.custom_op("sslcli::shuffled", mutates_args=())
