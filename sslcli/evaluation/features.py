@@ -92,32 +92,37 @@ def computed(
     """Return `protocol(features, **given)`, computed on `device`, or on the CPU if the GPU has too little memory.
 
     With several processes, all of them must call `computed`, and all compute on the CPU if one GPU lacks memory. With
-    MPS, the CPU computes, because MPS lacks float64 and is not tested.
+    MPS, the CPU computes, see `with_fallback`.
     """
-    if device.type == "cuda":
-        try:
-            return protocol(shared_work.agreed(partial(features.to, device)), **given)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            torch.cuda.empty_cache()
-    return protocol(features, **given)
+    return with_fallback(
+        device,
+        lambda: protocol(shared_work.agreed(partial(features.to, device)), **given),
+        lambda: protocol(features, **given),
+    )
 
 
 def computed_on(device: torch.device, compute: Callable[..., T], *tensors: Tensor) -> T:
     """Return `compute(*tensors)` with the tensors on `device`, or on the CPU if the GPU has too little memory.
 
+    With MPS, the CPU computes, see `with_fallback`.
+    """
+    return with_fallback(device, lambda: compute(*(tensor.to(device) for tensor in tensors)), lambda: compute(*tensors))
+
+
+def with_fallback(device: torch.device, on_device: Callable[[], T], on_cpu: Callable[[], T]) -> T:
+    """Return `on_device()`, or `on_cpu()` if the GPU has too little memory or `device` is not a GPU.
+
     With MPS, the CPU computes, because MPS lacks float64 and is not tested.
     """
     if device.type not in ("cpu", "mps"):
         try:
-            return compute(*(tensor.to(device) for tensor in tensors))
+            return on_device()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    return compute(*tensors)
+    return on_cpu()
 
 
 def from_bank(features: FeatureSet, rows: Tensor, split: Tensor) -> FeatureSet:
