@@ -37,6 +37,12 @@ def make_batch(
     return Batch([view.to(dtype) for view in noisy], torch.arange(num_images), label)
 
 
+def multi_crop_batch(num_images: int = 8, dtype: torch.dtype = torch.float32) -> Batch:
+    """Two views of 8 pixels and two of 4 pixels."""
+    batch = make_batch(num_images, views=4, dtype=dtype)
+    return Batch([*batch.views[:2], *(view[..., :4, :4] for view in batch.views[2:])], batch.index, batch.label)
+
+
 def vit(**options: Any) -> VisionTransformer:
     return VisionTransformer(image_size=8, patch_size=2, width=16, depth=3, num_heads=2, **options)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sslcli.distributed.collectives import all_gather_with_grad, all_reduce_mean, rank
 from sslcli.methods.base import GroupOptions
-from sslcli.methods.dino import NUM_GLOBAL, centered
+from sslcli.methods.dino import NUM_GLOBAL
 from sslcli.methods.ibot import IBOT
 from sslcli.nn.masks import BLOCKS, block_mask, spread_ratios
 from sslcli.nn.modes import full_precision
@@ -169,8 +169,8 @@ class DINOv2(IBOT):
 
     def patch_target(self, teacher: Tensor, mask: Tensor) -> Tensor:
         if not self.uses_sinkhorn:
-            return centered(teacher, self.patch_center, self.current_teacher_temperature)
-        temperature = self.current_teacher_temperature
+            return super().patch_target(teacher, mask)
+        temperature = self.current_patch_teacher_temperature
         rows = sinkhorn(teacher.flatten(0, 2), temperature=temperature, counted=mask.flatten())
         return rows.view(teacher.shape)
 

@@ -14,18 +14,12 @@ from sslcli.engine.clipping import clip_gradients
 from sslcli.methods.base import Batch
 from sslcli.methods.dino import DINO, centered, cross_entropy_of_views, teacher_temperature_at
 from sslcli.nn.schedule import cosine, warmup_cosine
-from tiny import TinyNet, copied_state, make_batch, mine
+from tiny import TinyNet, copied_state, mine, multi_crop_batch
 
 
 def tiny_dino(**changes: Any) -> DINO:
     values = {"num_prototypes": 12, "dim": 4, "hidden": 10, "num_views": 4}
     return DINO(TinyNet(norm=False), **(values | changes))
-
-
-def multi_crop_batch(num_images: int = 8) -> Batch:
-    """Two views of 8 pixels and two of 4 pixels."""
-    batch = make_batch(num_images, views=4)
-    return Batch([*batch.views[:2], *(view[..., :4, :4] for view in batch.views[2:])], batch.index, batch.label)
 
 
 def check_steps(case: Case, epochs: list[int]) -> None:

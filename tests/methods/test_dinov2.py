@@ -14,18 +14,12 @@ from sslcli.methods.base import Batch
 from sslcli.methods.dino import DINO, cross_entropy_of_views
 from sslcli.methods.dinov2 import DINOv2, koleo, lr_multiplier
 from sslcli.methods.ibot import cross_entropy_of_patches
-from tiny import make_batch, mine, vit
+from tiny import mine, multi_crop_batch, vit
 
 
 def tiny_dinov2(**changes: Any) -> DINOv2:
     values = {"image_size": 8, "num_prototypes": 12, "dim": 4, "hidden": 10, "num_views": 4}
     return DINOv2(vit(), **(values | changes))
-
-
-def multi_crop_batch(num_images: int = 8, dtype: torch.dtype = torch.float32) -> Batch:
-    """Two views of 8 pixels and two of 4 pixels."""
-    batch = make_batch(num_images, views=4, dtype=dtype)
-    return Batch([*batch.views[:2], *(view[..., :4, :4] for view in batch.views[2:])], batch.index, batch.label)
 
 
 @golden_cases("dinov2_loss")
@@ -44,7 +38,8 @@ def test_losses_and_centers_equal_the_official_code(case: Case) -> None:
         student_class, student_local, student_patch = inputs
         mask = x["masks"][step].bool().unflatten(0, (2, -1))
         teacher, patches = (x[name][step].unflatten(0, (2, -1)) for name in ("teacher_cls", "teacher_patch"))
-        method.current_teacher_temperature.fill_(params["teacher_temp"][step])
+        for buffer in (method.current_teacher_temperature, method.current_patch_teacher_temperature):
+            buffer.fill_(params["teacher_temp"][step])
         student = torch.cat([student_class, student_local]).unflatten(0, (2 + locals_, -1))
         target = method.class_target(teacher)
         temperature = params["student_temp"]

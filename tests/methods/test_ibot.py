@@ -13,18 +13,12 @@ from sslcli.distributed.collectives import all_gather, rank
 from sslcli.methods.base import Batch
 from sslcli.methods.dino import DINO, centered, cross_entropy_of_views, teacher_temperature_at
 from sslcli.methods.ibot import IBOT, cross_entropy_of_patches
-from tiny import TinyNet, make_batch, mine, vit
+from tiny import TinyNet, mine, multi_crop_batch, vit
 
 
 def tiny_ibot(**changes: Any) -> IBOT:
     values = {"image_size": 8, "num_prototypes": 12, "dim": 4, "hidden": 10, "num_views": 4}
     return IBOT(vit(), **(values | changes))
-
-
-def multi_crop_batch(num_images: int = 8, dtype: torch.dtype = torch.float32) -> Batch:
-    """Two views of 8 pixels and two of 4 pixels."""
-    batch = make_batch(num_images, views=4, dtype=dtype)
-    return Batch([*batch.views[:2], *(view[..., :4, :4] for view in batch.views[2:])], batch.index, batch.label)
 
 
 @golden_cases("ibot_loss")
