@@ -6,6 +6,7 @@ import copy
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from hydra._internal.utils import get_args_parser
@@ -13,9 +14,12 @@ from hydra._internal.utils import get_args_parser
 import sslcli
 from sslcli.cli.compose import checked_jobs
 from sslcli.config.run_config import RunConfig
-from sslcli.methods.base import Batch
+from sslcli.distributed import collectives
+from sslcli.methods.base import Batch, Method
+from sslcli.nn import noise
 from sslcli.runs import worker
 from sslcli.runs.build import build_parts
+from tiny import make_batch, mine
 
 FILES = sorted((Path(sslcli.__file__).parents[1] / "conf" / "method").glob("*.yaml"))
 METHODS = [path.stem for path in FILES]
@@ -64,3 +68,21 @@ def iterate_batches(word: str) -> list[Batch]:
     config = composed(word)
     loader = worker.build_loader(config, build_parts(config), CPU)
     return [micro_batches[0] for micro_batches in loader.steps(0, 4)]
+
+
+def check_two_ranks(whole: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail unless two ranks, one after the other, have the loss and gradients of `whole` (float64) on all 8 images."""
+    twin, batch = copy.deepcopy(whole), make_batch(8, views=1, dtype=torch.float64)
+    loss = whole(batch)["loss"]
+    loss.backward()
+    losses, state = [], copy.deepcopy(twin.state_dict())
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    for rank in (0, 1):
+        twin.load_state_dict(state)
+        for module in (collectives, noise):
+            monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
+        losses.append(twin(mine(batch))["loss"] / 2)
+        losses[-1].backward()
+    torch.testing.assert_close(sum(losses), loss, rtol=1e-12, atol=0)
+    for (name, one), other in zip(whole.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(other.grad, one.grad, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: name + text)

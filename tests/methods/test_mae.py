@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
@@ -10,14 +9,12 @@ import torch
 from torch import nn
 
 from golden_cases import Case, golden_cases
-from method_runs import config_of
+from method_runs import check_two_ranks, config_of
 from sslcli.backbones.resnet import ResNet
 from sslcli.backbones.vit import VisionTransformer
-from sslcli.distributed import collectives
 from sslcli.methods.mae import MAE, PatchDecoder, masked_error, patch_statistics, patchify, unpatchify
-from sslcli.nn import noise
 from sslcli.nn.masks import random_mask, take_patches
-from tiny import make_batch, mine, vit
+from tiny import make_batch, vit
 
 
 def build(backbone: nn.Module | None = None, **options: Any) -> MAE:
@@ -173,20 +170,7 @@ def test_all_parameters_have_a_gradient(registers: int) -> None:
 
 def test_two_processes_compute_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = build(vit(drop_path=0.3)).double()
-    twin, batch = copy.deepcopy(whole), make_batch(8, views=1, dtype=torch.float64)
-    loss = whole(batch)["loss"]
-    loss.backward()
-    losses, state = [], copy.deepcopy(twin.state_dict())
-    monkeypatch.setattr(collectives, "world_size", lambda: 2)
-    for rank in (0, 1):
-        twin.load_state_dict(state)
-        for module in (collectives, noise):
-            monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
-        losses.append(twin(mine(batch))["loss"] / 2)
-        losses[-1].backward()
-    torch.testing.assert_close(sum(losses), loss, rtol=1e-12, atol=0)
-    for (name, one), other in zip(whole.named_parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(other.grad, one.grad, rtol=1e-9, atol=1e-12, msg=lambda text, name=name: name + text)
+    check_two_ranks(whole, monkeypatch)
 
 
 def test_pictures_are_the_same_each_time_and_keep_the_visible_patches() -> None:
