@@ -283,9 +283,10 @@ def build_parts(config: RunConfig) -> Parts:
     )
     check_members(method)
     if method.num_views != views.num_views:
+        remedy = f", or set method.num_views={views.num_views}" if "num_views" in config.method else ""
         raise ConfigError(
             f"method needs {method.num_views} view{'s' * (method.num_views != 1)} per image, but the chosen views give "
-            f"{views.num_views}: choose others with views=..."
+            f"{views.num_views}: choose others with views=...{remedy}"
         )
     if method.color_spaces and views.color_space not in method.color_spaces:
         raise ConfigError(

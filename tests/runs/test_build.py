@@ -54,7 +54,8 @@ def parts(*lines: str) -> Parts:
         (["method=autoencoder", "views.color_space=ydbdr"], r"values from .* views.color_space=rgb"),
         (["method=bigan", "+views.views.0.size=16"], r"\(3, 16, 16\).* set views.views.0.size to null"),
         (["method=byol", "views=plain"], r"needs 2 views per image, but the chosen views give 1"),
-        (["method=vae", "views=byol"], r"needs 1 view per image, but the chosen views give 2"),
+        (["method=vae", "views=byol"], r"needs 1 view per image, but the chosen views give 2: .*views=\.\.\.$"),
+        (["method=lejepa", "views=lejepa"], r"the chosen views give 8: .*, or set method\.num_views=8$"),
         (["method=cmc", "views=plain"], r"splits the channels of lab or ydbdr images.* views=lab"),
     ],
 )
