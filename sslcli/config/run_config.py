@@ -18,6 +18,7 @@ from sslcli.config.settings import (
     LauncherSettings,
     MonitorSettings,
     MultiSettings,
+    NetworkSettings,
     RunSettings,
     TrainSettings,
 )
@@ -106,33 +107,42 @@ def keys_of(overrides: Iterable[str]) -> set[str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(EvalSettings):
+class NetworkConfig(NetworkSettings):
+    """Choice of a trained network and of the images whose features it computes.
+
+    Attributes:
+        dataset: node of the chosen dataset. None = the run's dataset, with `dataset_changes` applied.
+        backbone: node of the chosen backbone for a weight file. None = the backbone that is stored in the file.
+        dataset_changes: overrides of the run's dataset, see `sslcli.config.own_dataset.Change`.
+        overrides: overrides of the command line.
+    """
+
+    dataset: Node | None
+    backbone: Node | None
+    dataset_changes: list[Any]
+    overrides: list[str] = field(default_factory=list)
+
+    @property
+    def set_keys(self) -> set[str]:
+        """The dotted keys that the command line sets, such as `dataset.limit`."""
+        return keys_of(self.overrides)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(NetworkConfig, EvalSettings):
     """Configuration of ssl-eval: top-level keys, and one node for each config group with a `_target_`.
 
     A node is a mapping. Its key `_target_` names a class, and its other keys are arguments of the constructor.
 
     Attributes:
         protocol: node of the chosen evaluation protocol.
-        dataset: node of the chosen dataset. None = the run's dataset, with `dataset_changes` applied.
-        backbone: node of the chosen backbone for a weight file. None = the backbone that is stored in the file.
-        dataset_changes: overrides of the run's dataset, see `sslcli.config.own_dataset.Change`.
-        overrides: overrides of the command line.
         launcher: settings of the launcher, which starts the processes.
     """
 
     protocol: Node
-    dataset: Node | None
-    backbone: Node | None
-    dataset_changes: list[Any]
-    overrides: list[str] = field(default_factory=list)
     launcher: LauncherSettings = field(
         default_factory=partial(LauncherSettings, kind="local", timeout="10m", threads=None)
     )
-
-    @property
-    def set_keys(self) -> set[str]:
-        """The dotted keys that the command line sets, such as `dataset.limit`."""
-        return keys_of(self.overrides)
 
     @classmethod
     def from_plain(cls, config: dict[str, Any]) -> EvalConfig:
@@ -141,11 +151,18 @@ class EvalConfig(EvalSettings):
             **{f.name: config[f.name] for f in fields(EvalSettings)},
             launcher=LAUNCHERS[config["launcher"]["kind"]](**config["launcher"]),
             protocol=config["protocol"],
-            dataset=config.get("dataset"),
-            backbone=config.get("backbone"),
-            dataset_changes=config.get("_dataset_changes_", []),
-            overrides=config.get("_lines_", []),
+            **network_nodes(config),
         )
+
+
+def network_nodes(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a `NetworkConfig` that are no top-level keys, from the plain values of one job."""
+    return {
+        "dataset": config.get("dataset"),
+        "backbone": config.get("backbone"),
+        "dataset_changes": config.get("_dataset_changes_", []),
+        "overrides": config.get("_lines_", []),
+    }
 
 
 def export_config(config: dict[str, Any]) -> ExportSettings:

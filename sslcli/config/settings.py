@@ -336,8 +336,8 @@ class RunSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings:
-    """Settings with the top-level keys of ssl-eval, such as `run`. Raises ConfigError for a value out of range."""
+class NetworkSettings:
+    """Settings with the top-level keys of all commands that compute features. Raises ConfigError for a wrong value."""
 
     run: str | None
     weights: str | None
@@ -347,8 +347,6 @@ class EvalSettings:
     precision: str
     batch_size: int
     workers: int | None
-    baselines: bool
-    cache: bool
     trust: list[str]
 
     def __post_init__(self) -> None:
@@ -357,6 +355,14 @@ class EvalSettings:
         check_choice("precision", self.precision, PRECISIONS)
         check_range("batch_size", self.batch_size, least=1)
         check_range("workers", self.workers, least=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(NetworkSettings):
+    """Settings with the top-level keys of ssl-eval, such as `run`. Raises ConfigError for a value out of range."""
+
+    baselines: bool
+    cache: bool
 
 
 @dataclass(frozen=True, kw_only=True)

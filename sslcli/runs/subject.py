@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -15,7 +15,7 @@ from sslcli.config.added import resumed_dataset, with_added_keys, without_added_
 from sslcli.config.channels import with_channels_of
 from sslcli.config.moved import current_config
 from sslcli.config.own_dataset import FINGERPRINT, dataset_of_run, has_same_keys, has_same_paths, missing_path_hint
-from sslcli.config.run_config import EvalConfig
+from sslcli.config.run_config import NetworkConfig
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
 from sslcli.engine import checkpoint, precision
@@ -71,6 +71,7 @@ class Subject:
     monitor: dict[str, Any]  # settings monitor.* of the run; {} if a weight file has none
     has_other_images: bool  # True if pre-training did not use the images of the evaluation
     image_size: int | None  # image size of pre-training in pixels; None if unknown
+    dataset: dict[str, Any]  # settings of the dataset of pre-training; {} if unknown
     evaluated_part: str = Method.evaluated_part  # of an exported backbone; a method has its own attribute
 
     def prepare(self, images: Tensor) -> Tensor:
@@ -82,15 +83,29 @@ class Subject:
         return self.build_trained() if name == "trained" else self.build_untrained()
 
 
-def load_subject(config: EvalConfig, device: torch.device) -> tuple[Subject, Source]:
+def load_subject(config: NetworkConfig, device: torch.device) -> tuple[Subject, Source]:
     """Return the network to evaluate and the images to evaluate it on."""
-    trust = config.trust
     if config.weights is not None:
         return _load_weight_file(config, device)
-    run_dir = Path(str(config.run))
-    saved = directory.read_trained_config(run_dir)
-    check_classes({group: saved.get(group) for group in NETWORK_GROUPS}, trust=trust)
+    saved = read_run(config)
     source, has_other_images = images_for(config, saved)
+    subject = subject_of_run(config, saved, device)
+    if not has_other_images:
+        named = subject.provenance | {"pretrained_on": source.name}
+        subject = replace(subject, has_other_images=False, provenance=named)
+    return subject, source
+
+
+def read_run(config: NetworkConfig) -> dict[str, Any]:
+    """Return the stored configuration of the run `config.run`. Raises ConfigError if its classes are not trusted."""
+    saved = directory.read_trained_config(Path(str(config.run)))
+    check_classes({group: saved.get(group) for group in NETWORK_GROUPS}, trust=config.trust)
+    return saved
+
+
+def subject_of_run(config: NetworkConfig, saved: dict[str, Any], device: torch.device) -> Subject:
+    """Return the network of a run, for images that need not be those of pre-training. `saved` is from `read_run`."""
+    run_dir, trust = Path(str(config.run)), config.trust
     directory.check_input(run_dir, saved)
     views = build_views(saved["views"], trust=trust)
     loaded = load_checkpoint(run_dir, config.checkpoint, saved)
@@ -112,28 +127,23 @@ def load_subject(config: EvalConfig, device: torch.device) -> tuple[Subject, Sou
         return net
 
     requested = config.precision if config.precision != "auto" else saved["effective"]["precision"]
-    provenance = provenance_of(saved, run_dir, loaded)
-    resolved = precision.resolve(requested, device)
-    if not has_other_images:
-        provenance["pretrained_on"] = source.name
-    results_dir = run_dir / "eval"
-    size, monitor = saved["dataset"]["image_size"], saved["monitor"]
     return Subject(
-        build_trained,
-        build_untrained,
-        views,
-        mean,
-        std,
-        resolved,
-        provenance,
-        results_dir,
-        monitor,
-        has_other_images,
-        size,
-    ), source
+        build_trained=build_trained,
+        build_untrained=build_untrained,
+        views=views,
+        mean=mean,
+        std=std,
+        precision=precision.resolve(requested, device),
+        provenance=provenance_of(saved, run_dir, loaded),
+        results_dir=run_dir / "eval",
+        monitor=saved["monitor"],
+        has_other_images=True,
+        image_size=saved["dataset"]["image_size"],
+        dataset=saved["dataset"],
+    )
 
 
-def images_for(config: EvalConfig, saved: dict[str, Any]) -> tuple[Source, bool]:
+def images_for(config: NetworkConfig, saved: dict[str, Any]) -> tuple[Source, bool]:
     """Return the images to evaluate on, and a boolean: True if the run was trained on other images.
 
     If the command line chooses a `dataset`, its images are returned. Otherwise, the images of the run's dataset are
@@ -275,42 +285,81 @@ def check_export(path: Path, content: dict[str, Any]) -> None:
     checked(content, Export, path, remedy=remedy)
 
 
-def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject, Source]:
+def _load_weight_file(config: NetworkConfig, device: torch.device) -> tuple[Subject, Source]:
     """Return the network of a weight file, and the images to evaluate it on.
 
     The images are those of the setting `dataset`. If ssl-export wrote the file, the settings of the network's run are
     read from the file.
     """
-    path, trust = Path(str(config.weights)), config.trust
-    found = load_weights(path, device=device)
-    is_export = found.keys() >= Export.__required_keys__  # other weight files lack some of these keys
-    if is_export:
-        check_export(path, found)
-    exported = current_config(found)[0] if is_export else {}
+    file = read_weight_file(config, device)
     if not config.dataset:
         raise ConfigError("weights=FILE requires dataset=...: choose the images to evaluate on")
-    build_net, facts = _network_builder(config, exported, device)
-    node = with_channels_of(config.dataset, len(exported["mean"])) if is_export else config.dataset
+    exported = file.exported
+    node = with_channels_of(config.dataset, len(exported["mean"])) if exported else config.dataset
     if exported.get("dataset") is not None:
         node = as_in_pretraining(node, exported["dataset"], config.set_keys)
-    source = build_source(node, trust=trust)
+    source = build_source(node, trust=config.trust)
+    subject = subject_of_file(config, file, device, image_size=source.image_size, mean=source.mean, std=source.std)
+    return replace(subject, has_other_images=_has_other_images_than_export(source, node, exported)), source
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """Content of a weight file: its state dict, and the settings that ssl-export stored in it, else {}."""
+
+    path: Path
+    state: dict[str, Any]
+    exported: dict[str, Any]
+
+
+def read_weight_file(config: NetworkConfig, device: torch.device) -> WeightFile:
+    """Return the content of the file `config.weights`, with its tensors on `device`.
+
+    Raises ConfigError if neither the file nor `config` names the backbone.
+    """
+    path = Path(str(config.weights))
+    found = load_weights(path, device=device)
+    if not found.keys() >= Export.__required_keys__:  # other weight files lack some of these keys
+        if not config.backbone:
+            raise ConfigError("weights=FILE requires backbone=..., unless the file was written by ssl-export")
+        return WeightFile(path, found, {})
+    check_export(path, found)
+    return WeightFile(path, found["state_dict"], current_config(found)[0])
+
+
+def subject_of_file(
+    config: NetworkConfig,
+    file: WeightFile,
+    device: torch.device,
+    *,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Subject:
+    """Return the network of a weight file, for images that need not be those of pre-training.
+
+    If ssl-export did not write the file, `image_size`, in pixels, and `mean` and `std`, one value per channel, describe
+    its images. Otherwise, they are read from the file.
+    """
+    exported, path, trust = file.exported, file.path, config.trust
+    build_net, facts = _network_builder(config, exported, device)
 
     def build_untrained() -> nn.Module:
-        return build_net(source.image_size)
+        return build_net(image_size)
 
     def build_trained() -> nn.Module:
         net = build_untrained()
-        load_strictly(net, wrapped(net, found["state_dict"] if is_export else found), str(path))
+        load_strictly(net, wrapped(net, file.state), str(path))
         return net
 
     provenance = {"weights": str(path.absolute()), "checkpoint_sha256": checkpoint.sha256(path), **facts}
-    if is_export:
+    if exported:
         provenance["exported_from"] = exported["provenance"]
-    views = build_views(exported["views"], trust=trust) if is_export else Views([{"crop_scale": None}])
+    views = build_views(exported["views"], trust=trust) if exported else Views([{"crop_scale": None}])
     # Exports of older versions contain the mean and std of the dataset, even if images were not normalized.
-    mean, std = views.statistics(mean=exported.get("mean", source.mean), std=exported.get("std", source.std))
-    requested = exported["precision"] if is_export and config.precision == "auto" else config.precision
-    subject = Subject(
+    mean, std = views.statistics(mean=exported.get("mean", mean), std=exported.get("std", std))
+    requested = exported["precision"] if exported and config.precision == "auto" else config.precision
+    return Subject(
         build_trained=build_trained,
         build_untrained=build_untrained,
         views=views,
@@ -320,11 +369,11 @@ def _load_weight_file(config: EvalConfig, device: torch.device) -> tuple[Subject
         provenance=provenance,
         results_dir=path.with_name(path.name + ".eval"),
         monitor=exported.get("monitor", {}),
-        has_other_images=_has_other_images_than_export(source, node, exported),
+        has_other_images=True,
         image_size=exported.get("image_size"),
+        dataset=exported.get("dataset") or {},
         evaluated_part=exported.get("evaluated_part", Method.evaluated_part),
     )
-    return subject, source
 
 
 def _has_other_images_than_export(source: Source, node: dict[str, Any], exported: dict[str, Any]) -> bool:
@@ -343,7 +392,7 @@ def _has_other_images_than_export(source: Source, node: dict[str, Any], exported
 
 
 def _network_builder(
-    config: EvalConfig, exported: dict[str, Any], device: torch.device
+    config: NetworkConfig, exported: dict[str, Any], device: torch.device
 ) -> tuple[Callable[[int], nn.Module], dict[str, Any]]:
     """Return two values: a function that builds the untrained network, and the provenance of the network.
 
@@ -363,9 +412,7 @@ def _network_builder(
 
         facts = {name: exported[name]["_target_"] for name in ("method", "backbone")}
         return method, facts | {"pretraining_seed": exported["seed"]}
-    node = chosen or exported.get("backbone")
-    if not node:
-        raise ConfigError("weights=FILE requires backbone=..., unless the file was written by ssl-export")
+    node = chosen or exported["backbone"]
     seed = exported.get("seed", 0)
 
     def backbone(image_size: int) -> nn.Module:
@@ -376,7 +423,7 @@ def _network_builder(
     return backbone, {"backbone": node["_target_"], **({"pretraining_seed": seed} if "seed" in exported else {})}
 
 
-def _check_whole_method(config: EvalConfig, exported: dict[str, Any]) -> None:
+def _check_whole_method(config: NetworkConfig, exported: dict[str, Any]) -> None:
     """Raise ConfigError unless a file exported with what=method contains all settings that the method needs."""
     path = config.weights
     if config.backbone:
