@@ -166,6 +166,7 @@ class TrainSettings:
     schedule_length: float = 1.0  # length of the cosine schedules, as a multiple of the length of the run
     clip_grad_by: str = "all"  # the norm that clip_grad limits: of the whole gradient, of each tensor or of each module
     final_weight_decay: float | None = None  # weight decay at the end of its cosine schedule; None = constant
+    freeze_backbone_epochs: float = 0.0  # epochs at the start, at most a quarter of the run, with a frozen backbone
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "log_every_steps", "keep"):
@@ -179,6 +180,7 @@ class TrainSettings:
         check_range("train.warmup_from", self.warmup_from, least=0, most=1)
         check_range("train.schedule_length", self.schedule_length, least=1)
         check_range("train.final_weight_decay", self.final_weight_decay, least=0)
+        check_range("train.freeze_backbone_epochs", self.freeze_backbone_epochs, least=0)
         check_choice("train.clip_grad_by", self.clip_grad_by, CLIPPINGS)
         check_choice("train.precision", self.precision, PRECISIONS)
         check_choice("train.sharding", self.sharding, SHARDINGS)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sslcli.distributed.collectives import local, whole
+from sslcli.errors import ConfigError
 from sslcli.methods.base import GroupOptions, Method
 
 NEVER_DECAYED = ("bias", "pos_embed", "cls_token", "reg_token", "mask_token")
@@ -172,6 +173,31 @@ def parameter_groups(
                 group["wd_scale"] = 0.0
             groups.append(group | {"weight_decay": weight_decay * group["wd_scale"]})
     return groups
+
+
+def freeze_backbone(groups: list[dict[str, Any]], method: Method, *, epochs: float) -> list[dict[str, Any]]:
+    """Return `groups` with the parameters of `method.backbone` in groups of their own, which are frozen at first.
+
+    They are frozen in the first `epochs` epochs, see `GroupOptions`. Raises ConfigError if the method does not train
+    its backbone, or if it trains nothing else.
+    """
+    members = {id(parameter) for parameter in method.backbone.parameters()}
+    found, counts = [], [0, 0]
+    for group in groups:
+        parameters = list(group["params"])
+        for is_backbone in (True, False):
+            chosen = [parameter for parameter in parameters if (id(parameter) in members) == is_backbone]
+            if chosen:
+                frozen = {"frozen_epochs": max(epochs, group.get("frozen_epochs", 0.0))} if is_backbone else {}
+                found.append(group | {"params": chosen} | frozen)
+                counts[is_backbone] += 1
+    if 0 in counts:
+        what = "trains only its backbone" if counts[True] else "does not train its backbone directly"
+        raise ConfigError(
+            f"train.freeze_backbone_epochs is {epochs:g}, but {type(method).__name__} {what}: set "
+            "train.freeze_backbone_epochs=0"
+        )
+    return found
 
 
 def options_of(name: str, options: Mapping[str, GroupOptions]) -> GroupOptions:

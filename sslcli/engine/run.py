@@ -17,6 +17,7 @@ from sslcli.engine.phases import Phase, lr_factor, progress, warmup_steps
 from sslcli.engine.stop import StopRequest
 from sslcli.methods.base import Method
 from sslcli.nn import schedule
+from sslcli.nn.modes import update_statistics
 from sslcli.report.console import Screen
 
 
@@ -78,12 +79,17 @@ class Run:
         """
         return progress(self.phases, step) / self.settings.schedule_length
 
-    def is_frozen_at(self, step: int, frozen_epochs: float) -> bool:
-        """Return True if a group with this `frozen_epochs` is frozen at the 0-based `step`.
+    @property
+    def frozen_steps(self) -> int:
+        """Number of steps at the start of the run in which the backbone is frozen (`train.freeze_backbone_epochs`)."""
+        return self.frozen_steps_of(self.settings.freeze_backbone_epochs)
 
-        The group is frozen during at most a quarter of the run (before any extension), so that a short run trains it.
+    def frozen_steps_of(self, frozen_epochs: float) -> int:
+        """Return the number of steps at the start of the run in which a group with this `frozen_epochs` is frozen.
+
+        It is at most a quarter of the run (before any extension), so that a short run trains the group.
         """
-        return step < min(round(frozen_epochs * self.loader.steps_per_epoch), self.phases[0].total // 4)
+        return min(round(frozen_epochs * self.loader.steps_per_epoch), self.phases[0].total // 4)
 
     def begin_step(self, step: int) -> float:
         """Set the values of all schedules for the 0-based `step`, and return the learning rate.
@@ -96,6 +102,9 @@ class Run:
             if weight_decay is not None:
                 group["weight_decay"] = weight_decay * group["wd_scale"]
             if "frozen_epochs" in group:
-                group["is_frozen"] = self.is_frozen_at(step, group["frozen_epochs"])
+                group["is_frozen"] = step < self.frozen_steps_of(group["frozen_epochs"])
+        if self.settings.freeze_backbone_epochs:
+            for part in (self.method.backbone, self.method.evaluated_network):
+                update_statistics(part, enabled=step >= self.frozen_steps)
         self.method.before_step(self.progress_at(step), step / self.loader.steps_per_epoch)
         return lr

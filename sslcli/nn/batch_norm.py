@@ -61,9 +61,10 @@ class SplitBatchNorm(_BatchNorm):
                     for chunk, mean, variance in zip(chunks, means, variances, strict=True)
                 ]
             )
-        self.running_mean.copy_(means.mean(0))  # type: ignore[union-attr]
-        self.running_var.copy_(variances.mean(0))  # type: ignore[union-attr]
-        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        if self.track_running_stats:
+            self.running_mean.copy_(means.mean(0))  # type: ignore[union-attr]
+            self.running_var.copy_(variances.mean(0))  # type: ignore[union-attr]
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         return out
 
 

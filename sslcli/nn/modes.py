@@ -34,6 +34,17 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             child.training = mode
 
 
+def update_statistics(module: nn.Module, enabled: bool) -> None:
+    """Select if BatchNorm layers inside `module` update their running statistics in training mode.
+
+    In training mode, the layers normalize with the statistics of the batch in both cases. In evaluation mode, they
+    normalize with the running statistics. Layers without running statistics are left unchanged.
+    """
+    for part in module.modules():
+        if isinstance(part, _BatchNorm) and part.running_mean is not None:
+            part.track_running_stats = enabled
+
+
 @contextmanager
 def unchanged_statistics(module: nn.Module) -> Iterator[None]:
     """Save the running statistics of every BatchNorm before the `with` block, and restore them after the block."""

@@ -263,6 +263,7 @@ def startup_table(job: Run, parts: Parts, config: RunConfig) -> dict[str, Any]:
         "steps per epoch": job.loader.steps_per_epoch,
         "steps": job.total_steps,
         "warm-up steps": job.warmup_steps,
+        **({"steps with a frozen backbone": job.frozen_steps} if job.frozen_steps else {}),
         "learning rate": job.peak_lr,
         "base learning rate": f"{node['lr']:g} at batch size 256, {settings.lr_scaling} scaling",
         "trainable parameters": trainable,
@@ -310,6 +311,13 @@ def suspicious_settings(job: Run, parts: Parts) -> list[str]:
             f"train.warmup_epochs={settings.warmup_epochs:g} is {wanted:,} steps, but the warmup takes at most a "
             f"quarter of a run, here {job.warmup_steps:,} of {job.total_steps:,} steps: lower train.warmup_epochs, or "
             "train longer"
+        )
+    wanted = round(settings.freeze_backbone_epochs * job.loader.steps_per_epoch)
+    if wanted > job.frozen_steps:
+        found.append(
+            f"train.freeze_backbone_epochs={settings.freeze_backbone_epochs:g} is {wanted:,} steps, but the backbone "
+            f"is frozen for at most a quarter of a run, here {job.frozen_steps:,} of {job.total_steps:,} steps: lower "
+            "train.freeze_backbone_epochs, or train longer"
         )
     if settings.accumulate > 1 and not settings.cached_gradients and job.method.num_negatives(2):
         remedy = ": train.cached_gradients=true uses the whole batch" if job.method.uses_in_batch_negatives else ""

@@ -24,7 +24,7 @@ from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
 from sslcli.distributed import processes
 from sslcli.engine import fsdp
-from sslcli.engine.optim import parameter_groups
+from sslcli.engine.optim import freeze_backbone, parameter_groups
 from sslcli.errors import ConfigError, TrainingFailed, first_line, nearest, summary, user_code, with_traceback
 from sslcli.evaluation.base import Protocol
 from sslcli.kernels.winograd import use_winograd
@@ -372,6 +372,8 @@ def build_optimizer(config: RunConfig, method: Method) -> tuple[Optimizer, float
     groups = parameter_groups(
         method, weight_decay=node.get("weight_decay", 0.0), decay_norm_and_bias=train.decay_norm_and_bias
     )
+    if train.freeze_backbone_epochs:
+        groups = freeze_backbone(groups, method, epochs=train.freeze_backbone_epochs)
     arguments = node | {"lr": peak}
     if node.get("fused") and fsdp.is_sharded(method):
         arguments["fused"] = None  # torch has no fused SGD for sharded parameters; with None, torch chooses

@@ -67,6 +67,7 @@ EVAL = EvalSettings(
         (TRAIN, "warmup_from", [0, 1], [-0.1, 1.1]),
         (TRAIN, "schedule_length", [1, 1.25], [0.9, float("inf")]),
         (TRAIN, "final_weight_decay", [None, 0, 0.4], [-0.1]),
+        (TRAIN, "freeze_backbone_epochs", [0, 0.5, 10], [-0.1, float("inf")]),
         (TRAIN, "milestones", [[], [0.5]], [[0], [1], [0.5, 2]]),
         (MONITOR, "knn_every_epochs", [0, 1], [-1]),
         (MONITOR, "knn_k", [1], [0]),

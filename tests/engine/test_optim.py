@@ -11,7 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from golden_cases import Case, golden_cases
 from sslcli.engine import optim
-from sslcli.engine.optim import LARS, drop_frozen_gradients, load_optimizer, parameter_groups, zero_momentum
+from sslcli.engine.optim import (
+    LARS,
+    drop_frozen_gradients,
+    freeze_backbone,
+    load_optimizer,
+    parameter_groups,
+    zero_momentum,
+)
+from sslcli.errors import ConfigError
 from sslcli.methods.base import GroupOptions, Method
 
 REFERENCE = ("mocov3", "dino", "vissl", "byol")
@@ -379,6 +387,17 @@ def test_a_frozen_group_is_neither_changed_nor_decayed_and_gets_no_state(kind: A
     changed = {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
     assert changed == before.keys() - {"head.0.weight"}
     assert method.head[0].weight not in optimizer.state
+
+
+def test_a_method_that_does_not_train_a_backbone_and_heads_has_no_frozen_backbone() -> None:
+    method = Slow(nn.Linear(2, 2))
+    groups = freeze_backbone(parameter_groups(method, weight_decay=0.2), method, epochs=0.5)
+    frozen = [name for group in groups if group.get("frozen_epochs") for name in names_in(method, group)]
+    assert frozen == ["backbone.weight", "backbone.bias"]
+    assert sum(len(group["params"]) for group in groups) == len(list(method.parameters()))
+    for parameters, expected in ((method.backbone, "only its backbone"), (method.head, "not train its backbone")):
+        with pytest.raises(ConfigError, match=expected):
+            freeze_backbone([{"params": parameters.parameters()}], method, epochs=1)
 
 
 def test_groups_suit_torch_optimizers_and_lars_alike() -> None:

@@ -11,10 +11,12 @@ import torch
 
 from one_run import finish, make_run
 from small_runs import differences, newest
+from sslcli.engine import checkpoint
 from sslcli.engine.run import Run
 from sslcli.methods.base import GroupOptions
 from sslcli.methods.byol import BYOL
 from sslcli.report.metrics import read
+from tiny import equal_states
 
 
 def test_the_learning_rate_of_each_step_is_that_of_the_schedule(tmp_path: Path) -> None:
@@ -113,5 +115,48 @@ def test_a_short_run_is_frozen_for_a_quarter_of_its_length(tmp_path: Path) -> No
     run = make_run(tmp_path, "train.max_steps=8")
     run.stop.close()
     run.monitor.close()
-    assert [run.is_frozen_at(step, 10) for step in range(4)] == [True, True, False, False]
-    assert not run.is_frozen_at(0, 0)
+    assert [run.frozen_steps_of(epochs) for epochs in (10, 0.34, 0)] == [2, 1, 0]
+
+
+FROZEN = ["train.max_steps=8", "train.freeze_backbone_epochs=0.67", "train.save_every_steps=1", "train.keep=9"]
+
+
+def backbone_state(run_dir: Path, step: int, part: str = "backbone") -> dict[str, torch.Tensor]:
+    state = checkpoint.load(run_dir / f"checkpoints/step-{step:08d}.pt", device=torch.device("cpu"))["method"]
+    return {name: value for name, value in state.items() if name.startswith(f"{part}.")}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["method=moco", "method.queue_size=64", "method.bn_group=8"],
+        ["method=dino", "optimizer=lars", "method.hidden=32", "method.num_prototypes=64", "dataset.image_size=16"],
+        ["optimizer=adamw", "optimizer.weight_decay=0.5", "train.accumulate=4", "train.cached_gradients=true"],
+    ],
+    ids=lambda line: line[0],
+)
+def test_a_frozen_backbone_keeps_weights_and_statistics_and_resumes_bit_for_bit(
+    line: list[str], tmp_path: Path
+) -> None:
+    whole, half = tmp_path / "whole", tmp_path / "half"
+    run = make_run(whole, *line, *FROZEN)
+    start = {f"backbone.{name}": value.clone() for name, value in run.method.backbone.state_dict().items()}
+    head = next(name for name, _ in run.method.named_parameters() if not name.startswith("backbone."))
+    before = run.method.get_parameter(head).detach().clone()
+    finish(run)
+    assert run.frozen_steps == 2
+    assert any("running_mean" in name for name in start)
+    assert equal_states(backbone_state(whole, 2), start)
+    part = run.method.evaluated_part
+    assert equal_states(
+        {name.removeprefix(part): value for name, value in backbone_state(whole, 2, part).items()},
+        {name.removeprefix("backbone"): value for name, value in start.items()},
+    )
+    later = backbone_state(whole, 4)
+    assert not any(torch.equal(later[name], value) for name, value in start.items() if value.ndim > 1)
+    assert not any(torch.equal(later[name], start[name]) for name in start if "running_mean" in name)
+    assert not torch.equal(run.method.get_parameter(head), before)
+    (half / "checkpoints").mkdir(parents=True)
+    shutil.copy(whole / "checkpoints/step-00000001.pt", half / "checkpoints")
+    finish(make_run(half, *line, *FROZEN))
+    assert differences(newest(half), newest(whole)) == []

@@ -3,9 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from sslcli.nn.modes import double_precision, evaluating, full_precision, unchanged_statistics
-from tiny import TinyNet
+from sslcli.nn.batch_norm import SplitBatchNorm, SyncBatchNorm, convert_batch_norm
+from sslcli.nn.modes import double_precision, evaluating, full_precision, unchanged_statistics, update_statistics
+from tiny import TinyNet, copied_state, equal_states
 
 
 @pytest.mark.parametrize(
@@ -68,3 +70,19 @@ def test_unchanged_statistics_restores_them_after_an_exception_and_keeps_the_wei
     assert torch.equal(norm.running_mean, torch.zeros(3))
     assert int(norm.num_batches_tracked) == 0
     assert norm.weight.requires_grad
+
+
+@pytest.mark.parametrize("kind", [SyncBatchNorm, SplitBatchNorm])
+def test_fixed_statistics_are_kept_while_batches_are_normalized_as_before(kind: type[_BatchNorm]) -> None:
+    net = nn.Sequential(convert_batch_norm(TinyNet(), kind), nn.BatchNorm1d(8, track_running_stats=False))
+    images, start = torch.randn(8, 3, 6, 6), copied_state(net)
+    expected = net(images)
+    assert not equal_states(net.state_dict(), start)
+    net.load_state_dict(start)
+    update_statistics(net, enabled=False)
+    assert torch.equal(net(images), expected)
+    assert equal_states(net.state_dict(), start)
+    update_statistics(net, enabled=True)
+    net(images)
+    assert not equal_states(net.state_dict(), start)
+    assert not net[1].track_running_stats

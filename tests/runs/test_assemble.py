@@ -52,11 +52,13 @@ def test_one_image_a_class_is_warned_of_once(cli: Cli, tmp_path: Path) -> None:
 def test_the_advised_queue_is_shorter_than_the_set_and_a_shortened_warmup_is_named(cli: Cli, tmp_path: Path) -> None:
     line = ["method=moco", "dataset.train_images=300", "dataset.test_images=0", "train.batch_size=90", "dry_run=true"]
     line += ["method.queue_size=4096", "train.epochs=2", "train.warmup_epochs=5", "backbone.width=4"]
+    line += ["train.freeze_backbone_epochs=1"]
     output = cli("ssl-train", *line, f"run_dir={tmp_path / 'run'}").out
     assert "the queue holds 4,096 keys but there are 300 images" in output
     assert "are negatives of each other: use method.queue_size=256, and a method.momentum of about 0.99" in output
     assert "train.warmup_epochs=5 is 15 steps, but the warmup takes at most a quarter of a run, here 1 of 6" in output
-    line += ["method.queue_size=256", "train.warmup_epochs=0.3"]
+    assert "train.freeze_backbone_epochs=1 is 3 steps, but the backbone is frozen for at most a quarter" in output
+    line += ["method.queue_size=256", "train.warmup_epochs=0.3", "train.freeze_backbone_epochs=0.3"]
     assert "warning" not in cli("ssl-train", *line, f"run_dir={tmp_path / 'run'}").out
 
 
