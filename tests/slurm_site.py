@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from sslcli.cli import eval as ssl_eval
 from sslcli.cli import train as ssl_train
 
 
@@ -24,9 +26,16 @@ class Site:
 
     def train(self, *arguments: str) -> tuple[int, str, str]:
         """Call `ssl-train ARGUMENTS` in this process; return exit code, stdout and stderr."""
-        self.monkeypatch.setattr(sys, "argv", ["ssl-train", *arguments])
+        return self.call(ssl_train.main, "ssl-train", *arguments)
+
+    def evaluate(self, *arguments: str) -> tuple[int, str, str]:
+        """As `train`, for `ssl-eval`."""
+        return self.call(ssl_eval.main, "ssl-eval", *arguments)
+
+    def call(self, main: Callable[[], None], *line: str) -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "argv", list(line))
         with pytest.raises(SystemExit) as ended:
-            ssl_train.main()
+            main()
         out, err = self.capture.readouterr()
         assert isinstance(ended.value.code, int)
         return ended.value.code, out, err

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -185,3 +187,23 @@ def test_one_job_of_a_sweep_of_six_may_fail(cluster: dict[str, str], tmp_path: P
     assert float(rows[5]["optimizer.lr"]) == 1e38
     assert len(list(folder.glob("*/done"))) == 5
     assert len({path.read_text() for path in folder.glob("*/slurm/job")}) == 6
+
+
+def test_an_evaluation_on_two_nodes_has_the_numbers_of_one_process(cluster: dict[str, str], tmp_path: Path) -> None:
+    here: Any = {"cwd": tmp_path, "env": os.environ | cluster | {"OMP_NUM_THREADS": "1"}, "text": True, "timeout": 300}
+    program = str(Path(sys.executable).with_name("ssl-eval"))
+    log = tmp_path / "log"
+    complete(start_warm(*TINY, "train.max_steps=2", f"run_dir={tmp_path / 'one'}", log=log), log)
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    line = [program, "protocol=linear", "protocol.epochs=3", "launcher.threads=1"]
+    subprocess.run([*line, "run=one"], check=True, capture_output=True, **here)
+    slurm = ["launcher=slurm", "launcher.nodes=2", "launcher.processes_per_node=2", "launcher.wait=true"]
+    output = subprocess.run([*line, "run=two", *slurm], check=True, stdout=subprocess.PIPE, **here).stdout
+    assert output.count("│ linear (test)") == 1
+    one, two = (json.loads((tmp_path / name / "eval/linear.json").read_text()) for name in ("one", "two"))
+    assert {key: two[key] for key in two if key not in ("run", "checkpoint", "seconds")} == {
+        key: one[key] for key in one if key not in ("run", "checkpoint", "seconds")
+    }
+    (folder,) = (tmp_path / "two" / "eval" / "slurm").iterdir()
+    history = [line.partition(": ")[2] for line in (folder / "history.log").read_text().splitlines()]
+    assert history[1:] == ["starts on node[1-2]", "ended with exit code 0"]

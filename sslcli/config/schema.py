@@ -75,7 +75,7 @@ def check(command: str, config: dict[str, Any]) -> None:
         build_settings(SweepSettings, config.get("sweep"), "sweep")
         check_split(train, build_launcher(config["launcher"]))
     elif command == "eval":
-        check_evaluation(build_launcher(config["launcher"]))
+        build_launcher(config["launcher"])
 
 
 def check_group(group: str, node: Any) -> None:
@@ -215,15 +215,6 @@ def build_launcher(node: dict[str, Any]) -> LauncherSettings:
         raise ConfigError(f"launcher.kind is {kind!r}, but it must be one of: {', '.join(LAUNCHERS)}")
     settings: LauncherSettings = build_settings(LAUNCHERS[kind], node, "launcher")
     return settings
-
-
-def check_evaluation(launcher: LauncherSettings) -> None:
-    """Raise ConfigError if ssl-eval does not support the launcher."""
-    if isinstance(launcher, SlurmSettings):
-        raise ConfigError(
-            "launcher is 'slurm', but ssl-eval does not submit jobs: write a batch script that runs ssl-eval with "
-            "launcher=multi, or with srun and torchrun on several nodes, see docs/slurm.md"
-        )
 
 
 def check_split(train: TrainSettings, launcher: LauncherSettings) -> None:

@@ -72,6 +72,8 @@ def run(config: EvalConfig) -> int:
     try:
         return _run_with_signal_handlers(config)
     except StoppedBySignal as stopped:
+        if config.launcher.kind == "slurm" and stopped.args != ("SIGTERM",):
+            return EXIT_STOPPED  # Slurm signals every process; the batch script logs the reason, and requeues the job
         if AGENT in os.environ:  # our agent prints the message, unless it ended this process after another one failed
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             os.kill(os.getpid(), signal.SIGTERM)
@@ -89,6 +91,8 @@ def _run_with_signal_handlers(config: EvalConfig) -> int:
     """
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGTERM:  # Slurm repeats the signal until the job responds
+            signal.signal(number, signal.SIG_IGN)
         raise StoppedBySignal(signal.Signals(number).name)
 
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]

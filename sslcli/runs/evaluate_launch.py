@@ -1,4 +1,4 @@
-"""Launch of an evaluation: in this process, or in several processes of this node."""
+"""Launch of an evaluation: in this process, in several processes of this node, or as a Slurm job."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ def launch(job: dict[str, Any]) -> int:
     launcher = config.launcher
     if launched() is not None and launcher.kind != "local" and AGENT not in os.environ:
         check_other_launcher(launcher)
+    if launched() is None and launcher.kind == "slurm":
+        from sslcli.runs import evaluate_slurm
+
+        return evaluate_slurm.launch(job)
     if launched() is None and isinstance(launcher, MultiSettings):
         on_message = partial(print_error, "eval")
         code = run_on_this_node(MODULE, job, launcher, on_message=on_message, restarts_from="the cached features")

@@ -334,10 +334,16 @@ class Starts(Mapping[str, Start]):
         def main() -> T:
             with collectives.single_process(), watchdog.busy():
                 try:
-                    return compute()
-                finally:
-                    with collectives.all_processes():
-                        collectives.broadcast_objects([None])
+                    result = compute()
+                except Exception:  # not a signal, after which this process must not wait for the others
+                    release_others()
+                    raise
+                release_others()
+                return result
+
+        def release_others() -> None:
+            with collectives.all_processes():
+                collectives.broadcast_objects([None])
 
         def help_main() -> None:
             name = [""]

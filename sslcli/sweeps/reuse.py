@@ -17,7 +17,7 @@ from typing import IO
 
 from sslcli.errors import ConfigError
 from sslcli.runs.length import newest_step
-from sslcli.runs.slurm.queue import submitted_job
+from sslcli.runs.slurm.queue import slurm_dir, submitted_job
 from sslcli.sweeps.job import Job, Record, Sweep, read, read_or_create_record, record_path, source_of, write
 from sslcli.sweeps.status import FINISHED, RUNNING, claim_job, status_of, stored_digest
 from sslcli.system.locks import can_lock, locked
@@ -170,7 +170,7 @@ def _is_same(job: Job, other: OtherJob) -> bool:
         return stored_digest(other.run_dir) == job.digest
     if other.record.digest is None:
         return False
-    return _status(other) == RUNNING or submitted_job(other.run_dir) is not None
+    return _status(other) == RUNNING or submitted_job(slurm_dir(other.run_dir)) is not None
 
 
 def _status(other: OtherJob) -> str:

@@ -12,7 +12,7 @@ from sslcli.config.comparison import digest_of_settings
 from sslcli.errors import EXIT_INTERRUPTED, EXIT_STOPPED, ConfigError
 from sslcli.runs import directory
 from sslcli.runs.length import stored_phases
-from sslcli.runs.slurm.queue import recorded_exit_code, submitted_job
+from sslcli.runs.slurm.queue import recorded_exit_code, slurm_dir, submitted_job
 from sslcli.sweeps.job import Job, Record, Sweep, read, read_or_create_record, record_path, settings_of, source_of
 from sslcli.system import atomic
 from sslcli.system.locks import can_lock, lock
@@ -47,7 +47,7 @@ def status_of(sweep: Sweep, name: str, record: Record, *, is_claimed: bool = Fal
     if code == 0 and run_dir is not None:
         if directory.is_finished(run_dir):  # it was trained with fewer epochs or steps than the job has now
             return STOPPED
-        return CHECKED if submitted_job(run_dir) is None else SUBMITTED
+        return CHECKED if submitted_job(slurm_dir(run_dir)) is None else SUBMITTED
     if code == 0:
         return FINISHED
     if code == EXIT_STOPPED:
@@ -117,7 +117,7 @@ def code_of(folder: Path, record: Record) -> int | None:
     If the process of the job submitted a Slurm job, return the exit code of the Slurm job.
     """
     if record.code == 0 and record.run_dir is not None:
-        return recorded_exit_code(folder / record.run_dir) or 0
+        return recorded_exit_code(slurm_dir(folder / record.run_dir)) or 0
     return record.code
 
 
@@ -148,7 +148,7 @@ def claim_job(sweep: Sweep, job: Job) -> IO[str] | None:
     file = lock(lock_path(sweep, job.name))
     if file is None:
         return None
-    is_submitted = sweep.submits and job.run_dir is not None and submitted_job(job.run_dir) is not None
+    is_submitted = sweep.submits and job.run_dir is not None and submitted_job(slurm_dir(job.run_dir)) is not None
     busy = job.run_dir is not None and not is_submitted and directory.is_locked(job.run_dir)
     if busy or (not can_lock(sweep.records) and _is_alive(read_or_create_record(sweep, job))):
         file.close()

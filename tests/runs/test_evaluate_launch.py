@@ -156,10 +156,9 @@ def test_torchrun_starts_the_processes_and_a_folder_of_runs_becomes_one_table(ru
     assert found[0]["top1"] == found[1]["top1"]
 
 
-def test_launchers_that_cannot_evaluate_are_refused(run_dir: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    ended = cli("ssl-eval", f"run={run_dir}", "launcher=slurm")
-    assert ended.code == 2
-    assert "ssl-eval does not submit jobs" in ended.err
+def test_another_number_of_processes_than_torchruns_is_refused(
+    run_dir: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("MASTER_ADDR", "localhost")

@@ -1,5 +1,5 @@
 # From here on, the script is the same for every job. It starts one agent per node. When Slurm sends the warning signal,
-# the run saves a checkpoint and the job is requeued.
+# a training run saves a checkpoint, and the job is requeued.
 attempt=${SLURM_RESTART_COUNT:-0}
 host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 warned="" over=""
@@ -8,7 +8,6 @@ trap 'over=${over:-now}' TERM # sent if the job is canceled or reaches its time 
 
 note() { echo "$(date +%Y-%m-%dT%H:%M:%S) job $SLURM_JOB_ID attempt $attempt: $*" | tee -a "$folder/history.log"; }
 field() { scontrol show job --oneliner "$SLURM_JOB_ID" | grep -oE "(^| )$1=[^ ]*" | cut -d = -f 2-; }
-newest() { ls "$checkpoints" 2>/dev/null | grep -xE "$checkpoint_pattern" | sort -V | tail -n 1; }
 finish() {
   note "ended with exit code $1"
   echo "$1" >"$folder/$SLURM_JOB_ID.exit"
@@ -30,10 +29,10 @@ requeue() { # REASON
     note "$1; the job is $state"
     finish 75
   fi
-  if [ "$(newest)" = "$before" ]; then idle=$((10#$(grep -xE '[0-9]{1,9}' "$folder/idle" 2>/dev/null || echo 0) + 1)); fi
+  if [ "$(saved)" = "$before" ]; then idle=$((10#$(grep -xE '[0-9]{1,9}' "$folder/idle" 2>/dev/null || echo 0) + 1)); fi
   echo "$idle" >"$folder/idle"
   if [ "$idle" -ge 3 ]; then
-    note "$1; $idle consecutive attempts saved no checkpoint, so launcher.time or launcher.stop_before is too short: not requeued"
+    note "$1; $idle consecutive attempts saved no $progress, so launcher.time or launcher.stop_before is too short: not requeued"
     finish 75
   fi
   note "$1; requeued ($((attempt + 1)) times so far)"
@@ -60,7 +59,7 @@ if [ "$attempt" -gt 0 ] && ! tail -n 1 "$folder/history.log" | grep -qE "requeue
 fi
 note "starts on $SLURM_JOB_NODELIST"
 [ "$attempt" -gt 0 ] || rm -f "$folder/idle"
-before=$(newest)
+before=$(saved)
 export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # suppress warnings about host names and closed stores
 prepare || { note "launcher.setup ended with exit code $?" && finish 2; }
 [ -z "$warned" ] || requeue "stopped by $(cause) before it started"
@@ -103,9 +102,9 @@ for ((restarts = 0; ; restarts++)); do
   watch
   if [ -e "$folder/want_requeue" ]; then requeue "$(cat "$folder/want_requeue")${warned:+ ($warned)}"; fi
   case $code in 0 | 2 | 3 | 75) finish "$code" ;; esac
-  # The signal kills a step that does not ignore it yet. After the requeue, the run resumes from the newest checkpoint.
+  # The signal kills a step that does not ignore it yet. After the requeue, the job continues from what it has saved.
   if [ -n "$warned" ]; then requeue "ended with exit code $code ($warned)"; fi
   if [ -n "$over" ] || [ "$restarts" -ge "$max_restarts" ]; then finish 3; fi
-  note "a process crashed or was killed (exit code $code); all restart from the last checkpoint" \
+  note "a process crashed or was killed (exit code $code); all restart from $restarts_from" \
     "(restart $((restarts + 1)) of $max_restarts)"
 done

@@ -15,7 +15,7 @@ PATIENCE = 60.0  # timeout of a Slurm command in seconds
 QUERY_EVERY = 5.0  # seconds between queries, to limit the load on the shared controller
 READ_EVERY = 0.3  # seconds between reads of the log
 JOB_ID = r"[0-9]+([_+][0-9]+)?"  # a job, a task of an array, or a component of a heterogeneous job
-CHECK_JOBS = "check with squeue that no job of this run is active, then remove it"  # remedy for damaged files
+CHECK_JOBS = "check with squeue that no such job is active, then remove it"  # remedy for damaged files
 FINAL_STATES = {  # final state of a job -> exit code to return if the job recorded none
     "BOOT_FAIL": EXIT_STOPPED,
     "CANCELLED": EXIT_STOPPED,
@@ -61,20 +61,25 @@ def state(job: str, script: Path) -> str | None:
     return job_state if command == str(script) else None  # a reinstalled cluster reuses job IDs
 
 
-def submitted_job(run_dir: Path) -> str | None:
-    """Return the ID of the newest job of a run, or None if no job was submitted.
+def slurm_dir(run_dir: Path) -> Path:
+    """Return the folder for the script, the logs and the history of a run's jobs."""
+    return run_dir / "slurm"
+
+
+def submitted_job(folder: Path) -> str | None:
+    """Return the ID of the newest job of a folder, or None if no job was submitted.
 
     Raises DamagedFile if the file with the ID is damaged.
     """
-    return read_line(run_dir / "slurm" / "job", JOB_ID, what="the ID of a job", remedy=CHECK_JOBS)
+    return read_line(folder / "job", JOB_ID, what="the ID of a job", remedy=CHECK_JOBS)
 
 
-def recorded_exit_code(run_dir: Path) -> int | None:
-    """Return the exit code that the newest job of a run recorded, or None if the job recorded none.
+def recorded_exit_code(folder: Path) -> int | None:
+    """Return the exit code that the newest job of a folder recorded, or None if the job recorded none.
 
     Raises DamagedFile if the file with the exit code is damaged.
     """
-    return read_exit_code(run_dir / "slurm" / f"{submitted_job(run_dir)}.exit")
+    return read_exit_code(folder / f"{submitted_job(folder)}.exit")
 
 
 def read_exit_code(path: Path) -> int | None:
@@ -136,8 +141,8 @@ def run_command(*line: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(line, capture_output=True, text=True, timeout=PATIENCE, check=False)
     except FileNotFoundError as error:
         raise ConfigError(
-            f"launcher=slurm needs the command {line[0]}, which is not installed on this machine: run ssl-train on a "
-            "login node of a Slurm cluster, or use launcher=multi"
+            f"launcher=slurm needs the command {line[0]}, which is not installed on this machine: run this "
+            "command on a login node of a Slurm cluster, or use launcher=multi"
         ) from error
     except subprocess.TimeoutExpired as error:
         raise ConfigError(f"{line[0]} did not respond within {PATIENCE:g} s: try again later") from error

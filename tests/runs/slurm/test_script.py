@@ -11,13 +11,21 @@ import pytest
 import yaml
 
 from sslcli.runs.slurm.script import SlurmSettings, render
+from sslcli.runs.slurm_job import command_of
 
 CONF = Path(__file__).parents[3] / "conf" / "launcher" / "slurm.yaml"
 DEFAULTS = SlurmSettings(**yaml.safe_load(CONF.read_text()))
 
 
 def directives(settings: SlurmSettings, folder: Path = Path("/data/run 1/slurm")) -> list[str]:
-    text = render(settings, folder=folder, config=folder / "config.json", cwd=Path("/home/me"), python="/opt/python")
+    text = render(
+        settings,
+        command_of(folder.parent),
+        folder=folder,
+        config=folder / "config.json",
+        cwd=Path("/home/me"),
+        python="/opt/python",
+    )
     return [line.removeprefix("#SBATCH ") for line in text.splitlines() if line.startswith("#SBATCH ")]
 
 
@@ -63,7 +71,14 @@ def test_every_key_becomes_a_directive() -> None:
         "--constraint='nvlink&ib'",
     }
     assert directives(settings)[-2:] == ["--exclusive", "--mail-type=FAIL"]
-    text = render(settings, folder=Path("/f"), config=Path("/f/config.json"), cwd=Path("/"), python="/opt/python")
+    text = render(
+        settings,
+        command_of(Path("/")),
+        folder=Path("/f"),
+        config=Path("/f/config.json"),
+        cwd=Path("/"),
+        python="/opt/python",
+    )
     assert "step=(srun --nodes=4 --ntasks=4 --ntasks-per-node=1 --wait=60 --cpus-per-task=64)" in text
 
 
@@ -92,7 +107,12 @@ def run_node(
 ) -> tuple[int, list[str], list[str]]:
     """Exit code of the script, the calls it made, and its history, where `run` is what happens on the nodes."""
     text = render(
-        replace(DEFAULTS, setup=setup), folder=folder, config=folder / "config.json", cwd=folder, python="/opt/python"
+        replace(DEFAULTS, setup=setup),
+        command_of(folder.parent),
+        folder=folder,
+        config=folder / "config.json",
+        cwd=folder,
+        python="/opt/python",
     )
     head, _, body = text.partition("\n# Written by")
     script = folder / "job.sbatch"
@@ -197,6 +217,7 @@ def test_another_python_keeps_the_current_directory_out_whatever_its_version(tmp
     (tmp_path / "runpy.py").write_text("open('ran', 'w')")
     text = render(
         replace(DEFAULTS, python="python3"),
+        command_of(tmp_path.parent),
         folder=tmp_path,
         config=tmp_path / "config.json",
         cwd=tmp_path,
