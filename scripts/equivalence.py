@@ -60,7 +60,7 @@ class Case:
     rounding: str = ""  # reason, if float32 results differ by more than rounding
 
 
-TWO_EPOCHS = "dataset.train_images=32"  # for memory banks: the first epoch fills the bank without training
+TWO_EPOCHS = "dataset.train_images=32"  # if the first epoch fills a memory bank without training
 NORM = "BatchNorm of one process in float32 (1)"
 ADAM = "Adam in float32 (2)"
 LOCAL_NORM = "BatchNorm statistics come from one process, here 4 to 16 images"
@@ -106,7 +106,10 @@ ROUNDING = {  # cases of the methods with their default settings
     **dict.fromkeys(("bigan", "dcgan"), NORM),
     **dict.fromkeys(("deep_infomax", "dino", "dinov2", "ibot", "lejepa", "mae"), ADAM),
 }
-MORE_OVERRIDES = {"memory_bank": (TWO_EPOCHS,)}
+MORE_OVERRIDES = {
+    "deepcluster_v2": (TWO_EPOCHS, "method.num_prototypes=[4,4,5]"),
+    "memory_bank": (TWO_EPOCHS,),
+}
 CASES = [
     *(
         Case(method, (f"method={method}", *MORE_OVERRIDES.get(method, ())), rounding=ROUNDING.get(method, ""))
@@ -161,7 +164,7 @@ def train(config: RunConfig, dtype: torch.dtype) -> Trace:
     job.optimizer.register_step_pre_hook(record_gradients)
     model = parallel(job.method, job.device)
     for step, micro_batches in enumerate(job.loader.steps(0, STEPS)):
-        job.method.before_step(step / STEPS, 0.0)
+        job.method.before_step(step / STEPS, step / job.loader.steps_per_epoch)
         scalars = optimize(job, model, [in_dtype(batch, dtype) for batch in micro_batches])
         trace.scalars.append({name: collectives.all_reduce_mean(value) for name, value in scalars.items()})
         job.method.after_step(step / STEPS)

@@ -54,6 +54,8 @@ def composed(word: str) -> RunConfig:
     job = checked_jobs("train", get_args_parser().parse_args([f"method={word}", *OVERRIDES]))[0]
     for group in ("method", "backbone"):
         job[group] |= {key: value for key, value in SMALLER.items() if job[group].get(key) is not None}
+    if isinstance(job["method"].get("num_prototypes"), list):  # of heads that cluster the 64 images
+        job["method"]["num_prototypes"] = [8, 8, 12]
     job["backbone"] |= SMALLER_VIT if "num_heads" in job["backbone"] else {}
     return RunConfig.from_plain(job)
 

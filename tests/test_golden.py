@@ -18,12 +18,9 @@ PREFIXES = {
 }
 # Methods that sslcli does not have, or not completely.
 OF_OTHER_METHODS = {
-    *(
-        "capi",
-        "deepclusterv2",
-        "dinov3",
-        "msn",
-    ),
+    "capi",
+    "dinov3",
+    "msn",
     "vicregl",
 }
 

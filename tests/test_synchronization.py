@@ -74,6 +74,8 @@ def config_of(words: str) -> RunConfig:
     job = checked_jobs("train", get_args_parser().parse_args([f"method={method}", *OVERRIDES, *overrides]))[0]
     for group in ("method", "backbone"):
         job[group] |= {key: value for key, value in SMALLER.items() if job[group].get(key) is not None}
+    if isinstance(job["method"].get("num_prototypes"), list):  # of heads that cluster the 16 images
+        job["method"]["num_prototypes"] = [4, 5]
     return RunConfig.from_plain(job)
 
 

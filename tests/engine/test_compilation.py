@@ -123,7 +123,7 @@ def fresh() -> Iterator[None]:
 # Methods with random numbers, of which only the backbone is compiled
 DRAWING = {
     *("autoencoder", "bigan", "cmc", "cpc", "cpc_v2", "dcgan", "deep_infomax", "dinov2", "ibot", "ijepa", "infomin"),
-    *("lejepa", "mae", "memory_bank", "simmim", "vae"),
+    *("deepcluster_v2", "lejepa", "mae", "memory_bank", "simmim", "vae"),
 }
 
 
