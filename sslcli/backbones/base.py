@@ -32,9 +32,14 @@ class Backbone(nn.Module):
     def stages(self, images: Tensor) -> dict[str, Tensor]:
         """Return the feature maps of all stages in one forward pass, as stage name -> (N, channels, height, width).
 
-        A stage is a group of layers of the backbone. The stages are ordered from shallow to deep. Raises ValueError if
-        the backbone has no feature maps.
+        A stage is a group of layers of the backbone. The stages are ordered from shallow to deep. A backbone that
+        defines `tokens` has the stage "patches": its patch tokens, with the shape (N, num_features, rows, columns).
+        Raises ValueError if the backbone has no feature maps.
         """
+        if self.patch_size is not None:
+            tokens, grid = self.tokens(images)
+            patches = tokens[:, self.num_prefix_tokens :]
+            return {"patches": patches.transpose(1, 2).reshape(len(patches), -1, *grid)}
         raise ValueError(
             f"the backbone {type(self).__name__} returns features but no feature maps by stage: "
             "choose a resnet, small or vit backbone, or define stages(images) in your own"

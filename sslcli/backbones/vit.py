@@ -195,15 +195,6 @@ class VisionTransformer(Backbone):
         tokens, _ = self.tokens(images)
         return tokens[:, 0] if self.pool == "cls" else tokens[:, self.num_prefix_tokens :].mean(1)
 
-    def stages(self, images: Tensor) -> dict[str, Tensor]:
-        """Return {"patches": map}, where the map contains the patch tokens after the final LayerNorm.
-
-        The map has shape (N, width, H / patch_size, W / patch_size).
-        """
-        tokens, grid = self.tokens(images)
-        patches = tokens[:, self.num_prefix_tokens :]
-        return {"patches": patches.transpose(1, 2).reshape(len(patches), -1, *grid)}
-
     def tokens(
         self,
         images: Tensor,

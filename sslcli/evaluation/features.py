@@ -29,6 +29,7 @@ from sslcli.distributed.devices import copy_to, unchanged_random_state
 from sslcli.engine.precision import DTYPES, autocast
 from sslcli.errors import ConfigError, NotFinite, is_out_of_memory
 from sslcli.system import atomic
+from sslcli.system.memory import available_memory
 from sslcli.system.stored import DamagedFile, checked, read_or_set_aside
 from sslcli.weights.files import broken_part
 
@@ -228,7 +229,9 @@ def extract(
         batches_of_own = plain_batches(source, own, batch_size=batch_size, workers=workers) if len(own) else ()
         # A DataLoader draws the base seed of its workers from the global generator, so fork the generator's state.
         with unchanged_random_state(torch.device(device)):
-            features, readable = _extract_part(encode_batch, batches_of_own, len(own), report=report)
+            features, readable = _extract_part(
+                encode_batch, batches_of_own, len(own), report=report, gathered=len(positions)
+            )
             if features is None or math.ceil(len(own) / batch_size) < math.ceil(max(sizes) / batch_size):
                 blank = torch.zeros(1, source.channels, source.image_size, source.image_size, dtype=torch.uint8)
                 empty = encode_batch(blank)[:0]  # has the shape (0, d), which a process without images needs
@@ -248,10 +251,12 @@ def _extract_part(
     total: int,
     *,
     report: Callable[[int], None],
+    gathered: int,
 ) -> tuple[Tensor | None, Tensor]:
     """Return the features (total, d) of `batches`, and a mask (total,) of the readable images.
 
-    The features are None if `batches` is empty. `report(n)` is called after each batch of n images.
+    The features are None if `batches` is empty. `report(n)` is called after each batch of n images. Raises ConfigError
+    if the features of the images of all processes, `gathered`, do not fit into the available memory.
     """
     features: Tensor | None = None
     readable = torch.empty(total, dtype=torch.bool)
@@ -259,6 +264,7 @@ def _extract_part(
     for images, whole in batches:
         batch = encode_batch(images)
         if features is None:
+            check_memory(gathered * batch[0].nbytes, images=gathered, width=batch.shape[1])
             features = torch.empty(total, batch.shape[1], dtype=batch.dtype)
         features[done : done + len(batch)] = batch
         readable[done : done + len(batch)] = whole
@@ -266,6 +272,20 @@ def _extract_part(
         report(len(batch))
     assert done == total
     return features, readable
+
+
+def check_memory(needed: int, *, images: int, width: int) -> None:
+    """Raise ConfigError if the features of `images` images, `width` values each, take more than the available memory.
+
+    `needed` is their memory in bytes. Linux may grant memory that does not exist, and end the process later.
+    """
+    free = available_memory()
+    if needed > free:
+        raise ConfigError(
+            f"the features of {images:,} images with {width:,} values each take {needed / 2**30:.1f} GiB, but "
+            f"{free / 2**30:.1f} GiB of memory are available: evaluate fewer images (dataset.limit) or another "
+            "feature_layer; with protocol=attentive, protocol.crop_scale=[0.08,1] computes the tokens in every step"
+        )
 
 
 @torch.inference_mode()

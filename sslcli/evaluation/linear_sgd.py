@@ -25,31 +25,27 @@ Departures from the official code, which trains one classifier and reports the b
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sslcli.data.loader import Loader
 from sslcli.data.views.spec import View
-from sslcli.distributed import collectives, shared_work, watchdog
-from sslcli.distributed.devices import unchanged_random_state
-from sslcli.engine import precision
+from sslcli.distributed import collectives
 from sslcli.errors import ConfigError
 from sslcli.evaluation import layers
 from sslcli.evaluation.base import Outcome, Protocol, outcome_of, trained_and_measured
 from sslcli.evaluation.finetune import reported_positions
 from sslcli.evaluation.heads import Heads, SgdHeads, score
+from sslcli.evaluation.random_crops import crop_features
 from sslcli.evaluation.result import accuracy, best, bootstrap_interval, top5
 from sslcli.evaluation.subsets import held_out
 from sslcli.evaluation.task import Start, Task
 from sslcli.evaluation.training import batches, views_of
 from sslcli.evaluation.variants import suffix
-from sslcli.nn.modes import evaluating
 from sslcli.nn.schedule import scale_lr, warmup_cosine, warmup_steps_down
 from sslcli.report.console import SUBJECTS, Progress
 
@@ -238,7 +234,8 @@ class LinearSgd(Protocol):
         reported, selecting = (self.heads(width, data.num_classes, loader.batch_size, task) for _ in range(2))
         total = self.epochs * loader.steps_per_epoch
         progress = Progress(task.screen, f"{self.title}, {SUBJECTS[name]}", total=total)
-        with closing(self.features(start, task, loader, total)) as steps:
+        crops = crop_features(net, start.layer, task, loader, total, width=width, seed=self.seed)
+        with closing(crops) as steps:
             for step, (index, features) in enumerate(steps):
                 x, y, scale = norm(features), data.train_labels[index].to(task.device), self.factor(step, total=total)
                 reported.step(x, y, scale=scale)
@@ -248,43 +245,6 @@ class LinearSgd(Protocol):
                 progress(1, f"epoch {step // loader.steps_per_epoch + 1} of {self.epochs}")
         task.screen.stop()
         return Probe(reported=reported.heads(), selecting=selecting.heads(), norm=norm.eval())
-
-    @torch.no_grad()
-    def features(
-        self, start: Start, task: Task, loader: Loader, total: int
-    ) -> Generator[tuple[Tensor, Tensor], None, None]:
-        """Yield the image numbers (N,) and the features (N, d) float32 of the random crops of each of `total` steps.
-
-        All processes yield all steps, but with W processes, a process reads and encodes only every W-th batch. A batch
-        contains the same images as with one process, so the features are the same.
-        """
-        net, rank, size = start.net, collectives.rank(), collectives.world_size()
-        assert net is not None
-        loader.stride = size
-
-        def encoded(step: int) -> Tensor:
-            watchdog.report_progress()
-            if step >= total:
-                return torch.empty(0, start.features.train.shape[1], device=task.device)
-            with collectives.single_process(), precision.autocast(task.device, task.precision):
-                (batch,) = next(steps)
-                return layers.read(net, start.layer, batch.views[0]).float()
-
-        with (
-            evaluating(net),
-            unchanged_random_state(task.device),
-            closing(loader.steps(rank, total)) as steps,
-        ):
-            torch.manual_seed(self.seed)  # a DataLoader draws the base seed of its workers from the global generator
-            for first in range(0, total, size):
-                sizes = [loader.batch_size if step < total else 0 for step in range(first, first + size)]
-                found = shared_work.gather_parts(shared_work.agreed(partial(encoded, first + rank)), sizes)
-                for step, rows in enumerate(torch.split(found, loader.batch_size), start=first):
-                    epoch, number = divmod(step, loader.steps_per_epoch)
-                    if number == 0:
-                        with collectives.single_process():
-                            order = loader.request_columns(epoch)[0]
-                    yield order[number, 0], rows
 
     def heads(self, width: int, num_classes: int, batch_size: int, task: Task) -> SgdHeads:
         """Return one untrained classifier per learning rate. The learning rates are scaled by `batch_size` / 256."""

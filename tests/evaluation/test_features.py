@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sslcli.data.sources.base import BadImage
+from sslcli.errors import ConfigError
 from sslcli.evaluation.features import FeatureSet, cached, computed, computed_on, extract, from_bank, pixels
 from sslcli.nn.modes import evaluating
 
@@ -383,3 +384,10 @@ def test_tensors_are_on_the_device_unless_it_lacks_memory():
     assert computed_on(torch.device("mps"), kinds, *both) == ["cpu", "cpu"]
     with pytest.raises(RuntimeError, match="another error"):
         computed_on(torch.device("meta"), lambda *_: (_ for _ in ()).throw(RuntimeError("another error")), *both)
+
+
+def test_features_that_do_not_fit_into_memory_are_refused_before_they_are_computed(monkeypatch) -> None:
+    monkeypatch.setattr("sslcli.evaluation.features.available_memory", lambda: 23 * 8 * 4 - 1)
+    assert run(Net(), torch.arange(22)).shape == (22, 8)
+    with pytest.raises(ConfigError, match=r"features of 23 images with 8 values each take 0.0 GiB, but .*crop_scale"):
+        run(Net(), torch.arange(23))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from sslcli.evaluation.attentive import Attentive
 from sslcli.evaluation.base import Protocol
 from sslcli.evaluation.distill import Distill
 from sslcli.evaluation.finetune import Finetune
@@ -51,6 +52,7 @@ def test_how_a_setting_is_written(name: str, value: object, text: str) -> None:
 PROTOCOLS = {
     "linear": Linear,
     "linear_sgd": LinearSgd,
+    "attentive": Attentive,
     "finetune": Finetune,
     "semi": Semi,
     "distill": Distill,

@@ -37,11 +37,13 @@ PROTOCOLS = {
     "knn_full": [],
     "linear": ["protocol.epochs=2"],
     "linear_sgd": ["protocol.epochs=5", "protocol.batch_size=50"],
+    "attentive": ["protocol.epochs=2", "protocol.batch_size=50", "protocol.lrs=[0.1,0.01]"],
     "finetune": FEW,
     "semi": [*FEW, "protocol.labels_per_class=2", "protocol.seeds=3", "protocol.warm_start=true"],
     "utility": [*FEW, "protocol.smallest=40", "protocol.points=2", "protocol.seeds=2"],
     "distill": FEW,
 }
+CROPS = ["protocol.flip=0.5", *PROTOCOLS["attentive"]]  # the tokens are computed in every step
 OF_THIS_EVALUATION = ("seconds", "run", "checkpoint", "net", "teacher")  # times and paths
 
 
@@ -64,7 +66,7 @@ def numbers(result: dict[str, Any]) -> dict[str, Any]:
 
 def test_every_protocol_has_the_numbers_of_one_process(run_dir: Path, tmp_path: Path, pair: Pair) -> None:
     one, two = (Path(shutil.copytree(run_dir, tmp_path / name)) for name in ("one", "two"))
-    for name, overrides in PROTOCOLS.items():
+    for name, overrides in (*PROTOCOLS.items(), ("attentive", CROPS)):
         expected = evaluated(one, f"protocol={name}", *overrides)
         found, nothing = pair.run(evaluated, two, f"protocol={name}", *overrides)
         assert nothing == {}
