@@ -17,7 +17,6 @@ import torch
 from sslcli.config.settings import TrainSettings
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Method
-from sslcli.nn.noise import Noise
 
 # Minimum number of steps of a run with train.compile=auto. This is an estimate, not a measurement: a compilation takes
 # about 1 minute, and compiled steps save about 5 to 30 ms, so that the time is regained after 2,000 to 12,000 steps.
@@ -76,16 +75,16 @@ def compile_method(method: Method, *, cached_gradients: bool, backend: str | Cal
 
     The graph contains the losses, heads and momentum encoders. Features of images are computed without compiled code.
     Only the backbone is compiled with `cached_gradients`, which does not call `forward`, and if torch.compile does not
-    support the loss (`Method.differentiates_twice`, or a `Noise` module). `backend` is a backend of torch.compile.
+    support the loss (`Method.differentiates_twice`, `Method.has_varying_shapes`, or mixtures of images, whose weights
+    are numbers of the host). `backend` is a backend of torch.compile.
     """
     # Unlike the debug mode that `devices.prepare` sets, this also applies to code that torch.compile generates. The
     # call imports modules of torch.compile, which takes seconds.
     torch.use_deterministic_algorithms(torch.are_deterministic_algorithms_enabled(), warn_only=True)
     # torch.compile recommends TF32 for matrix products, which `devices.prepare` rejects.
     warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
-    # Compiled code may draw the random numbers again in the backward pass, with the count of the next draw.
-    draws = any(isinstance(part, Noise) for part in method.modules())
-    if cached_gradients or method.differentiates_twice or draws:
+    is_unsupported = method.differentiates_twice or method.has_varying_shapes or method.mixture is not None
+    if cached_gradients or is_unsupported:
         method.backbone.compile(backend=backend)
     else:
         method.compile(dynamic=False, backend=backend)

@@ -24,7 +24,7 @@ from sslcli.methods.base import Batch, Method
 from sslcli.nn.modes import unchanged_statistics
 from sslcli.nn.noise import Noise
 
-RandomState = tuple[dict[str, Tensor], list[tuple[Tensor, int]]]  # see `_random_state`
+RandomState = tuple[dict[str, Tensor], list[tuple[Tensor, Tensor]]]  # see `_random_state`
 BUCKET_BYTES = 25 << 20  # as in DistributedDataParallel
 
 

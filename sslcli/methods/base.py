@@ -67,6 +67,8 @@ class Method(nn.Module):
             "teacher.backbone". It must have the parameters of the backbone by name. Probes, k-NN and pictures use it.
         differentiates_twice: True if the loss contains gradients, as a gradient penalty does. torch.compile does not
             support such a loss, so only the backbone is compiled.
+        has_varying_shapes: True if tensors in `forward` have other shapes in every step. torch.compile would compile
+            each of them, so only the backbone is compiled.
         embeddings: detached embeddings of the last forward pass, one tensor (N, D) per view. The health metrics are
             computed from them.
         head_layers: the number of layers of the projection head whose output `head_features` can return; 0 = none.
@@ -81,6 +83,7 @@ class Method(nn.Module):
     decreasing_metric: str = "loss"
     supports_block_wrapping: bool = True
     differentiates_twice: bool = False
+    has_varying_shapes: bool = False
     evaluated_part: str = "backbone"
     embeddings: tuple[Tensor, ...] = ()
     head_layers: int = 0

@@ -105,6 +105,7 @@ class IJEPA(Method):
     """
 
     num_views = 1
+    has_varying_shapes = True
     evaluated_part = "teacher"
     backbone: Backbone
     teacher: Backbone

@@ -227,8 +227,7 @@ def spread_ratios(
     """
     total = num_images * world_size()
     num_masked = int(fraction * total)
-    places = torch.randperm(total, generator=noise.shared())[rank() * num_images :][:num_images]
-    places = copy_to(device, places)
+    places = noise.permutation(num_images, device=device)
     numbers = noise.uniform(num_images, device=device)
     return torch.where(places < num_masked, low + (places + numbers) * (high - low) / max(num_masked, 1), 0.0)
 

@@ -268,7 +268,7 @@ def test_masks_are_the_same_for_any_number_of_processes_and_after_loading(monkey
         resumed.set_extra_state(state)
         for module in (masks, noise):
             monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
-        monkeypatch.setattr(masks, "world_size", lambda: 4)
+            monkeypatch.setattr(module, "world_size", lambda: 4)
         parts.append(drawn(resumed, 2))
     for one, several in zip(whole, zip(*parts, strict=True), strict=True):
         assert torch.equal(one, torch.cat(several))

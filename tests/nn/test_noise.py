@@ -25,15 +25,28 @@ def draw(num_rows: int) -> list[Tensor]:
         source.normal(num_rows, 3, 2, device=CPU),
         source.uniform(num_rows, 5, device=CPU),
         source.integers(7, num_rows, 4, device=CPU),
+        source.permutation(num_rows, device=CPU),
         torch.rand(3, generator=source.shared()),
     ]
 
 
 def test_two_processes_draw_the_two_halves_of_what_one_draws(pair: Pair) -> None:
     whole, halves = draw(8), pair.run(draw, 4)
-    for number, expected in enumerate(whole[:3]):
+    for number, expected in enumerate(whole[:4]):
         assert torch.equal(torch.cat([half[number] for half in halves]), expected)
-    assert all(torch.equal(half[3], whole[3]) for half in halves)
+    assert all(torch.equal(half[4], whole[4]) for half in halves)
+    assert torch.equal(whole[3], torch.randperm(8, generator=noise().shared()))
+
+
+def test_compiled_code_draws_the_same_numbers() -> None:
+    compiled, source, other = torch.compile(draw_tensors, backend="aot_eager", fullgraph=True), noise(), noise()
+    for _ in range(2):
+        torch.testing.assert_close(compiled(source), draw_tensors(other), rtol=0, atol=0)
+    assert source.get_extra_state().tolist() == other.get_extra_state().tolist()
+
+
+def draw_tensors(source: Noise) -> tuple[Tensor, Tensor, Tensor]:
+    return source.normal(4, 3, device=CPU), source.integers(7, 4, device=CPU), source.permutation(4, device=CPU)
 
 
 def test_rows_and_draws_differ_and_are_distributed_as_they_say() -> None:
