@@ -48,6 +48,16 @@ STEP_VARIANTS = ("sslcli", "sslcli fp32", "lightly", "lightly best")
 ALL_STEP_VARIANTS = (*STEP_VARIANTS, "stable-pretraining", "stable-pretraining best")
 TASKS = [
     *(Task("training.py", method, ALL_STEP_VARIANTS, ("images_per_s", "peak_mb")) for method in METHODS),
+    *(
+        Task("vision_transformer.py", method, ("sslcli", "plain loop", "plain loop best"), ("images_per_s", "peak_mb"))
+        for method in ("mae", "simmim", "ijepa", "ibot")
+    ),
+    Task(
+        "vision_transformer.py",
+        "dino",
+        ("sslcli", "view by view", "plain loop", "plain loop best"),
+        ("images_per_s", "peak_mb"),
+    ),
     *(Task("convolution.py", f"channels_{n}", ("sslcli", "torch"), ("ms",)) for n in SIDES),
     *(
         Task("end_to_end.py", f"{method}_{net}", STEP_VARIANTS, ("images_per_s",))
@@ -99,7 +109,9 @@ def main(arguments: Sequence[str]) -> int:
 
 def environment(variant: str, *, trace: bool = False) -> dict[str, str]:
     """Return the environment of a process: allocator settings for "best" variants, sslcli's settings for sslcli."""
-    added = ALLOCATOR_ENV if variant.endswith("best") else SPINS if variant.startswith(("sslcli", "bare")) else {}
+    added = (
+        ALLOCATOR_ENV if variant.endswith("best") else SPINS if variant.startswith(("sslcli", "bare", "view")) else {}
+    )
     return dict(os.environ) | added | ({"PROFILE": str(Path("trace.json").absolute())} if trace else {})
 
 
