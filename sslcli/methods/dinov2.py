@@ -16,11 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslcli.distributed.collectives import all_gather_with_grad, all_reduce_mean, rank
-from sslcli.methods.base import GroupOptions
+from sslcli.errors import check_positive
+from sslcli.methods.base import GroupOptions, num_features
 from sslcli.methods.dino import NUM_GLOBAL
 from sslcli.methods.ibot import IBOT
+from sslcli.nn.ema import ema_update, frozen_copy
 from sslcli.nn.masks import BLOCKS, block_mask, spread_ratios
 from sslcli.nn.modes import full_precision
+from sslcli.nn.prototype_head import PrototypeHead
 from sslcli.nn.schedule import linear
 from sslcli.nn.sinkhorn import sinkhorn
 
@@ -72,6 +75,9 @@ class DINOv2(IBOT):
         mask_range: the mask ratios of these views are spread evenly over this range.
         layer_decay: factor of the learning rate from a layer of the backbone to the layer below it.
         patch_embed_lr: factor of the learning rate of the patch embedding, in addition to `layer_decay`.
+        separate_heads: use another head, `patch_head`, for patches, as the released ViT-L/14 and ViT-g/14.
+        patch_num_prototypes: number of prototypes of `patch_head`. None = `num_prototypes`.
+        patch_dim: width of the bottleneck of `patch_head`. None = `dim`.
 
     The other arguments are those of `IBOT`. The temperature increases in every step, and not in every epoch as in DINO.
     """
@@ -102,6 +108,9 @@ class DINOv2(IBOT):
         mask_range: tuple[float, float] = (0.1, 0.5),
         layer_decay: float = 0.9,
         patch_embed_lr: float = 0.2,
+        separate_heads: bool = False,
+        patch_num_prototypes: int | None = None,
+        patch_dim: int | None = None,
     ) -> None:
         if centering not in CENTERINGS:
             raise ValueError(f"centering is {centering!r}, but it must be one of {', '.join(CENTERINGS)}")
@@ -116,6 +125,14 @@ class DINOv2(IBOT):
                 f"layer_decay is {layer_decay} and patch_embed_lr is {patch_embed_lr}, but layer_decay must be in "
                 "(0, 1], and patch_embed_lr positive"
             )
+        if not separate_heads and (patch_num_prototypes is not None or patch_dim is not None):
+            raise ValueError(
+                f"patch_num_prototypes is {patch_num_prototypes} and patch_dim is {patch_dim}, but patches share the "
+                "head of class tokens: set separate_heads=true, or both to null"
+            )
+        patch_num_prototypes = num_prototypes if patch_num_prototypes is None else patch_num_prototypes
+        patch_dim = dim if patch_dim is None else patch_dim
+        check_positive(patch_num_prototypes=patch_num_prototypes, patch_dim=patch_dim)
         super().__init__(
             backbone,
             image_size=image_size,
@@ -143,6 +160,19 @@ class DINOv2(IBOT):
         self.koleo_weight = koleo_weight
         self.mask_fraction, self.mask_range = mask_fraction, (low, high)
         self.layer_decay, self.patch_embed_lr = layer_decay, patch_embed_lr
+        self.patch_head: PrototypeHead | None = None
+        self.teacher_patch_head: PrototypeHead | None = None
+        if separate_heads:
+            self.patch_head = PrototypeHead(
+                num_features(backbone),
+                hidden=hidden,
+                dim=patch_dim,
+                num_prototypes=patch_num_prototypes,
+                layers=layers,
+                trained_gain=True,
+            )
+            self.teacher_patch_head = frozen_copy(self.patch_head)
+            self.register_buffer("patch_center", torch.zeros(patch_num_prototypes))
 
     def before_step(self, progress: float, epoch: float) -> None:
         start, end, epochs = self.temperatures
@@ -160,6 +190,24 @@ class DINOv2(IBOT):
         targets = (ratios * num_patches).floor()
         mask = block_mask(blocks, targets, self.grid, smallest=4, largest=num_patches / 2)
         return mask.view(count, NUM_GLOBAL, -1).transpose(0, 1)  # the views of an image have neighboring numbers
+
+    def student_logits(self, class_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.patch_head is None:
+            return super().student_logits(class_tokens, patches)
+        bottleneck = self.head.bottleneck(class_tokens)
+        return bottleneck, full_precision(self.head.last_layer(bottleneck)), full_precision(self.patch_head(patches))
+
+    def teacher_head_logits(self, class_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        if self.teacher_patch_head is None:
+            return super().teacher_head_logits(class_tokens, patches)
+        logits = self.teacher_patch_head(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
+        return full_precision(self.teacher_head(class_tokens)), full_precision(logits)
+
+    @torch.no_grad()
+    def after_step(self, progress: float) -> None:
+        super().after_step(progress)
+        if self.patch_head is not None and self.teacher_patch_head is not None:
+            ema_update(self.teacher_patch_head, self.patch_head, self.scheduled(progress)["EMA momentum"])
 
     def class_target(self, teacher: Tensor) -> Tensor:
         if not self.uses_sinkhorn:
@@ -197,7 +245,10 @@ class DINOv2(IBOT):
                 patch_embed_lr=self.patch_embed_lr,
             )
             options[name] = {"lr_scale": scale}
+        if self.patch_head is not None:
+            options["patch_head.last_layer"] = options["head.last_layer"]
         return options
 
     def effective(self, batch_size: int) -> dict[str, Any]:
-        return super().effective(batch_size) | {"centering": CENTERINGS[self.uses_sinkhorn]}
+        heads = {} if self.patch_head is None else {"heads": "separate heads of class tokens and patches"}
+        return super().effective(batch_size) | {"centering": CENTERINGS[self.uses_sinkhorn]} | heads

@@ -141,12 +141,10 @@ class IBOT(DINO):
             torch.cat(views[:NUM_GLOBAL]), mask=mask.flatten(0, 1), mask_token=self.mask_token
         )
         patches = tokens[:, self.backbone.num_prefix_tokens :]  # (2N, P, D)
-        bottleneck = self.head.bottleneck(
-            torch.cat([tokens[:, 0], *self.local_class_tokens(views), patches.flatten(0, 1)])
-        )
-        logits = full_precision(self.head.last_layer(bottleneck))
-        student_class = logits[: len(views) * count].view(len(views), count, -1)  # (V, N, K)
-        student_patches = logits[len(views) * count :].view(*mask.shape, -1)  # (2, N, P, K)
+        class_tokens = torch.cat([tokens[:, 0], *self.local_class_tokens(views)])  # (V N, D)
+        bottleneck, student_class, student_patches = self.student_logits(class_tokens, patches.flatten(0, 1))
+        student_class = student_class.view(len(views), count, -1)  # (V, N, K)
+        student_patches = student_patches.view(*mask.shape, -1)  # (2, N, P, K)
         target, patch_target = self.class_target(teacher_class), self.patch_target(teacher_patches, mask)
         self.embeddings = tuple(bottleneck.detach()[: NUM_GLOBAL * count].chunk(NUM_GLOBAL))
         self.new_centers.append(all_reduce_mean(teacher_class.mean((0, 1))))
@@ -164,6 +162,15 @@ class IBOT(DINO):
             "teacher_entropy": entropy,
             "divergence": whole.detach() - entropy,
         }
+
+    def student_logits(self, class_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the bottleneck of the class tokens, and the logits of class tokens and patches in full precision.
+
+        Shapes: class tokens (n, D) and patches (m, D) -> (n, E) or more rows, (n, K) and (m, K).
+        """
+        bottleneck = self.head.bottleneck(torch.cat([class_tokens, patches]))
+        logits = full_precision(self.head.last_layer(bottleneck))
+        return bottleneck, logits[: len(class_tokens)], logits[len(class_tokens) :]
 
     def class_target(self, teacher: Tensor) -> Tensor:
         """Return the target probabilities of class tokens: logits (2, N, K) -> (2, N, K)."""
@@ -195,10 +202,14 @@ class IBOT(DINO):
         """Return the teacher's logits of the global views: class tokens (2, N, K) and patches (2, N, P, K)."""
         tokens, _ = self.teacher_backbone.tokens(torch.cat(views[:NUM_GLOBAL]))
         patches = tokens[:, self.teacher_backbone.num_prefix_tokens :]
-        rows = torch.cat([tokens[:, :1], patches], dim=1)  # (2N, 1 + P, D)
-        logits = full_precision(self.teacher_head(rows.flatten(0, 1)))
-        logits = logits.view(NUM_GLOBAL, len(views[0]), rows.shape[1], -1)
-        return logits[:, :, 0], logits[:, :, 1:]
+        whole, parts = self.teacher_head_logits(tokens[:, 0], patches)
+        return whole.view(NUM_GLOBAL, len(views[0]), -1), parts.view(NUM_GLOBAL, len(views[0]), *parts.shape[1:])
+
+    def teacher_head_logits(self, class_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the teacher's logits in full precision: (n, D) -> (n, K) and (n, P, D) -> (n, P, K)."""
+        rows = torch.cat([class_tokens[:, None], patches], dim=1)  # (n, 1 + P, D)
+        logits = full_precision(self.teacher_head(rows.flatten(0, 1))).view(*rows.shape[:2], -1)
+        return logits[:, 0], logits[:, 1:]
 
     def local_class_tokens(self, views: list[Tensor]) -> list[Tensor]:
         """Return the student's class tokens of the local views, [(V - 2) N, D] in a list, or [] without local views."""

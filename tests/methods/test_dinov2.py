@@ -138,9 +138,67 @@ def test_every_parameter_has_the_rate_of_its_layer() -> None:
     assert scales["head.mlp.0.weight"] == 1.0
 
 
-def loss_and_gradients(batch: Batch, centering: str) -> tuple[Tensor, list[Tensor]]:
+SEPARATE = {"separate_heads": True, "patch_num_prototypes": 10, "patch_dim": 6}
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn", "center"])
+def test_separate_heads_with_equal_weights_have_the_loss_and_gradients_of_the_shared_head(centering: str) -> None:
+    shared, separate = (tiny_dinov2(centering=centering, **changes) for changes in ({}, {"separate_heads": True}))
+    state = shared.state_dict()
+    heads = {"patch_head": "head", "teacher_patch_head": "teacher_head"}
+    copied = {f"{own}.{name}": state[f"{head}.{name}"] for own, head in heads.items() for name in head_names(shared)}
+    separate.load_state_dict(state | copied)
+    batch = multi_crop_batch()
+    for _ in range(3):  # the center and the teacher of patches change too
+        losses = []
+        for method in (shared, separate):
+            method.zero_grad()
+            losses.append(method(batch)["loss"])
+            losses[-1].backward()
+        torch.testing.assert_close(losses[0], losses[1])
+        for name, parameter in shared.head.named_parameters():
+            parts = (head.get_parameter(name).grad for head in (separate.head, separate.patch_head))
+            torch.testing.assert_close(sum(parts), parameter.grad, rtol=1e-4, atol=1e-6)
+        with torch.no_grad():
+            for parameter in shared.head.parameters():
+                parameter.mul_(1.1)
+            for head in (separate.head, separate.patch_head):
+                for parameter in head.parameters():
+                    parameter.mul_(1.1)
+        for method in (shared, separate):
+            method.after_step(0.5)
+    torch.testing.assert_close(separate.patch_center, shared.patch_center)
+    for name in head_names(shared):
+        assert torch.equal(
+            separate.state_dict()[f"teacher_patch_head.{name}"], shared.state_dict()[f"teacher_head.{name}"]
+        )
+
+
+def head_names(method: DINOv2) -> list[str]:
+    return list(method.head.state_dict())
+
+
+def test_a_separate_head_has_its_own_prototypes_and_only_patches_reach_it() -> None:
+    method = tiny_dinov2(**SEPARATE, koleo_weight=0.0)
+    assert method.patch_head is not None
+    assert tuple(method.patch_head.last_layer.weight_v.shape) == (10, 6)
+    assert (method.patch_center.shape, method.center.shape) == ((10,), (12,))
+    options = method.group_options()
+    assert options["patch_head.last_layer"] == options["head.last_layer"] == {"frozen_epochs": 1}
+    scalars = method(multi_crop_batch())
+    for loss, trained, other in (
+        ("class_loss", method.head, method.patch_head),
+        ("patch_loss", method.patch_head, method.head),
+    ):
+        gradients = torch.autograd.grad(scalars[loss], [trained.mlp[0].weight, other.mlp[0].weight],
+            retain_graph=True, allow_unused=True)  # fmt: skip
+        assert gradients[0].abs().max() > 0
+        assert gradients[1] is None
+
+
+def loss_and_gradients(batch: Batch, centering: str, changes: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
     torch.manual_seed(0)
-    method = tiny_dinov2(centering=centering).double()
+    method = tiny_dinov2(centering=centering, **changes).double()
     losses = []
     for step in range(2):
         loss = method(mine(batch))["loss"]
@@ -151,11 +209,17 @@ def loss_and_gradients(batch: Batch, centering: str) -> tuple[Tensor, list[Tenso
     return torch.stack(losses), [p.grad for p in method.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("centering", ["sinkhorn", "center"])
-def test_two_processes_compute_the_loss_and_gradient_of_the_whole_batch(pair: Pair, centering: str) -> None:
+@pytest.mark.parametrize(
+    ("centering", "changes"),
+    [("sinkhorn", {}), ("center", {}), ("center", SEPARATE)],
+    ids=["sinkhorn", "center", "heads"],
+)
+def test_two_processes_compute_the_loss_and_gradient_of_the_whole_batch(
+    pair: Pair, centering: str, changes: dict[str, Any]
+) -> None:
     batch = multi_crop_batch(dtype=torch.float64)
-    losses, gradients = loss_and_gradients(batch, centering)
-    first, second = pair.run(loss_and_gradients, batch, centering)
+    losses, gradients = loss_and_gradients(batch, centering, changes)
+    first, second = pair.run(loss_and_gradients, batch, centering, changes)
     torch.testing.assert_close((first[0] + second[0]) / 2, losses)
     for one, other, whole in zip(first[1], second[1], gradients, strict=True):
         torch.testing.assert_close((one + other) / 2, whole)
@@ -185,6 +249,8 @@ def test_two_processes_search_neighbors_among_all_images(pair: Pair) -> None:
         ({"centering": "both"}, "centering is 'both', but it must be one of center, sinkhorn"),
         ({"mask_range": (0.5, 0.1)}, "mask_range is"),
         ({"layer_decay": 1.5}, "layer_decay is 1.5"),
+        ({"patch_dim": 4}, "patch_dim is 4, but patches share the head of class tokens: set separate_heads=true"),
+        ({"separate_heads": True, "patch_num_prototypes": 0}, "patch_num_prototypes is 0"),
     ],
 )
 def test_impossible_values_are_refused(changes: dict[str, Any], message: str) -> None:
