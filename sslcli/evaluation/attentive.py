@@ -12,6 +12,7 @@ Sizes: N images per batch, P tokens (patches, or positions of a feature map), D 
 
 Departures from the official code of CAPI:
 
+- By default, a BatchNorm without affine parameters normalizes the tokens, as in AIM: tokens of MAE share a large mean.
 - By default, the tokens are those of whole images. They are extracted once and cached, so an evaluation costs one
   forward pass per image. With `crop_scale` or `flip`, they are computed for random crops in every step, as published.
 - Each pair of learning rate and weight decay has two classifiers: one skips the held-out part of the training images,
@@ -74,7 +75,7 @@ class Attentive(Protocol):
     named: ClassVar[dict[str, Any]] = {
         "epochs": 20,
         "num_heads": None,
-        "feature_norm": "none",
+        "feature_norm": "batch_norm",
         "crop_scale": None,
         "flip": 0.0,
         "seed": 0,
@@ -83,7 +84,7 @@ class Attentive(Protocol):
     lrs: Sequence[float] = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2)
     weight_decays: Sequence[float] = (5e-4, 5e-2)
     num_heads: int | None = None
-    feature_norm: str = "none"
+    feature_norm: str = "batch_norm"
     epochs: int = 20
     batch_size: int = 256
     warmup: float = 0.1

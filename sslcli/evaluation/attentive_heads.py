@@ -141,7 +141,7 @@ class Probe:
 
     def inputs(self, features: Tensor) -> Tensor:
         """Return the input (N, P, D) float32 of the classifiers. `features` (N, P * D) are the tokens."""
-        tokens = features.to(self.heads.query.device).float().view(-1, self.shape[1])
+        tokens = features.to(self.heads.query.device).float().reshape(-1, self.shape[1])  # a ViT's are transposed
         return self.norm(tokens).view(len(features), *self.shape)  # type: ignore[no-any-return]
 
     @torch.no_grad()

@@ -22,7 +22,9 @@ from sslcli.evaluation.task import Task
 from sslcli.methods.simclr import SimCLR
 from tiny import TinyNet, copied_state, equal_states, vit
 
-QUICK: dict[str, Any] = {"epochs": 40, "batch_size": 60, "lrs": [0.02, 0.1], "weight_decays": [0.0], "resamples": 20}
+QUICK: dict[str, Any] = {
+    "epochs": 40, "batch_size": 60, "lrs": [0.02, 0.1], "weight_decays": [0.0], "feature_norm": "none", "resamples": 20,
+}  # fmt: skip
 CROPS: dict[str, Any] = {**QUICK, "epochs": 2, "crop_scale": [0.9, 1.0], "flip": 0.5}
 
 
@@ -150,6 +152,8 @@ def test_random_crops_train_a_frozen_network_in_evaluation_mode(marked: Task) ->
     assert set(modes) == {False}
     assert equal_states(before, copied_state(start.net))
     assert (found["train_transform"], found["num_tokens"]) == ("1 x image size, crop 0.9-1, flip p=0.5", 16)
+    of_vit = start_of(vit().eval(), marked, layer="patches")  # its maps are transposed tokens
+    assert Attentive(**CROPS).measure("trained", of_vit, marked)["num_tokens"] == 16
 
 
 def test_the_same_seed_gives_the_same_bits_whatever_the_global_generator(marked: Task) -> None:
@@ -173,7 +177,7 @@ def test_tokens_of_another_scale_are_normalized_by_batch_norm(marked: Task) -> N
 
     start = start_of(Scaled(), marked, layer="patches-tokens")
     raw, normed = (
-        Attentive(**QUICK | {"lrs": [0.1]}, feature_norm=norm).measure("trained", start, marked)
+        Attentive(**QUICK | {"lrs": [0.1], "feature_norm": norm}).measure("trained", start, marked)
         for norm in ("none", "batch_norm")
     )
     assert raw["top1"] < 0.75 < 0.9 < normed["top1"]
@@ -199,8 +203,8 @@ def test_heads_have_64_values_where_the_width_allows() -> None:
 
 def test_the_name_has_what_changes_the_quantity() -> None:
     assert Attentive().variant({}) == Attentive(lrs=[0.1], batch_size=512).variant({}) == ""
-    changed = Attentive(epochs=10, crop_scale=[0.08, 1.0], flip=0.5, num_heads=3, feature_norm="batch_norm")
-    assert changed.variant({}) == "epochs-10_num-heads-3_feature-norm-batch-norm_crop-scale-0.08-1_flip-0.5"
+    changed = Attentive(epochs=10, crop_scale=[0.08, 1.0], flip=0.5, num_heads=3, feature_norm="none")
+    assert changed.variant({}) == "epochs-10_num-heads-3_feature-norm-none_crop-scale-0.08-1_flip-0.5"
 
 
 @pytest.mark.parametrize(
