@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 from sslcli.config.moved import MovedModules
 
 if TYPE_CHECKING:
+    from sslcli.runs.embed import Embeddings as Embeddings
+    from sslcli.runs.embed import embed as embed
     from sslcli.runs.encoder import Encoder as Encoder
     from sslcli.runs.encoder import load as load
 
@@ -18,8 +20,12 @@ sys.meta_path.insert(0, MovedModules())  # else submodules of a moved package wo
 
 def __getattr__(name: str) -> Any:
     """Import a part of the Python API when it is first used, because the import of torch takes seconds."""
+    if name in ("Embeddings", "embed"):
+        from sslcli.runs import embed as embed_module
+
+        return getattr(embed_module, name)
     if name in ("Encoder", "load"):
-        from sslcli.runs import encoder as module
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(module, name)
+        from sslcli.runs import encoder as encoder_module
+
+        return getattr(encoder_module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

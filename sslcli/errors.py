@@ -1,4 +1,4 @@
-"""Exceptions and exit codes of ssl-train, ssl-eval and ssl-export.
+"""Exceptions and exit codes of the commands.
 
 If one of these exceptions is raised, the command prints its message and exits with the code of its class. A plain
 `ValueError` that a constructor raises while a run is built is reported like a ConfigError.
@@ -104,7 +104,7 @@ def print_error(command: str, error: BaseException | str) -> None:
     gets no hint, because its message already contains the traceback.
 
     Args:
-        command: train, eval or export.
+        command: train, eval, embed or export.
         error: exception, or message.
     """
     hint = ""

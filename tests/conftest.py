@@ -14,11 +14,17 @@ from command_line import SMALL, Cli, Ended, installed
 from gpu_device import chosen
 from processes import Pair
 from small_sweeps import JOB
+from sslcli.cli import embed as ssl_embed
 from sslcli.cli import eval as ssl_eval
 from sslcli.cli import export as ssl_export
 from sslcli.cli import train as ssl_train
 
-MAINS = {"ssl-train": ssl_train.main, "ssl-eval": ssl_eval.main, "ssl-export": ssl_export.main}
+MAINS = {
+    "ssl-train": ssl_train.main,
+    "ssl-eval": ssl_eval.main,
+    "ssl-embed": ssl_embed.main,
+    "ssl-export": ssl_export.main,
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -24,7 +24,14 @@ from sslcli.methods.base import Batch
 CONF = ROOT / "conf"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 METHODS = sorted(path.stem for path in (CONF / "method").glob("*.yaml"))
-GLOBAL = ("train", "eval", "export", "method", "experiment")  # yaml whose keys are those of the whole configuration
+GLOBAL = (
+    "train",
+    "eval",
+    "embed",
+    "export",
+    "method",
+    "experiment",
+)  # yaml whose keys are those of the whole configuration
 OTHER_NAMES = {"sslcli.plugins", "sslcli.conf"}  # an entry point, and a package that only an installation has
 OLD_NAMES = {"sslcli.losses", "sslcli.noise", "sslcli.schedule"}  # examples of add-a-method.md
 # Answered by Hydra, or in need of an installed package.
@@ -44,7 +51,7 @@ def _anchors(page: Path) -> set[str]:
 def _commands(page: Path) -> list[str]:
     """The lines of the bash blocks that start one of our commands."""
     lines = "\n".join(text for language, text in blocks(page) if language == "bash").replace("\\\n", " ").splitlines()
-    found = [re.search(r"(?:^|\buntil )(ssl-(?:train|eval|export)\b[^;]*|torchrun .*)", line) for line in lines]
+    found = [re.search(r"(?:^|\buntil )(ssl-(?:train|eval|embed|export)\b[^;]*|torchrun .*)", line) for line in lines]
     commands = [match[1] for match in found if match]
     return [command for command in commands if not any(flag in command for flag in HANDED_OVER)]
 
@@ -159,6 +166,7 @@ def test_every_yaml_of_settings_has_a_table() -> None:
     files = [
         CONF / "train.yaml",
         CONF / "eval.yaml",
+        CONF / "embed.yaml",
         CONF / "export.yaml",
         *(path for name in groups for path in (CONF / name).iterdir()),
     ]

@@ -29,7 +29,7 @@ ANSWERED_BY_HYDRA = ("hydra_help", "info", "shell_completion")
 def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
     """Compose and validate the configuration of the command line, pass it to `run`, and return the exit code.
 
-    `name` is train, eval or export. With `--multirun`, a sweep is started and `run` is not called.
+    `name` is train, eval, embed or export. With `--multirun`, a sweep is started and `run` is not called.
     """
     guard_terminal()
     stop_with_sweep()
@@ -63,7 +63,7 @@ def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
 def read_arguments(name: str) -> Namespace:
     """Parse the flags and overrides of the command line, in any order. Raises ConfigError for unknown flags.
 
-    `name` is train, eval or export. Old names in overrides are replaced by current names.
+    `name` is train, eval, embed or export. Old names in overrides are replaced by current names.
     """
     arguments, unknown = get_args_parser().parse_known_intermixed_args()
     if unknown:

@@ -67,7 +67,8 @@ def checked_jobs(name: str, arguments: Namespace) -> list[dict[str, Any]]:
 
     There is one job without `--multirun`, and one job per combination of values with `--multirun`. If a Hydra sweeper
     plugin samples the values, the jobs are not known yet. Example jobs are then returned, to validate their values
-    before the sweep. `name` is the command: train, eval or export. Raises ConfigError if a configuration is invalid.
+    before the sweep. `name` is the command: train, eval, embed or export. Raises ConfigError if a configuration is
+    invalid.
     """
     engine = engine_of(arguments)
     try:
@@ -209,12 +210,12 @@ def _job(engine: Hydra, command: str, config_name: str, lines: list[str]) -> dic
 
 
 def _changes_of_dataset(engine: Hydra, command: str, config_name: str, overrides: list[Override]) -> list[Override]:
-    """Return the overrides `dataset.KEY=value` that ssl-eval applies to the dataset of the run that it evaluates.
+    """Return the overrides `dataset.KEY=value` that ssl-eval and ssl-embed apply to the dataset of the run.
 
     The result is [] if the command line chooses a dataset, because Hydra then applies the overrides to this dataset. It
-    is also [] for commands other than ssl-eval. Raises ConfigError for `weights=FILE` without a dataset.
+    is also [] for other commands. Raises ConfigError for `weights=FILE` without a dataset.
     """
-    changes = [each for each in overrides if command == "eval" and is_change(each)]
+    changes = [each for each in overrides if command in ("eval", "embed") and is_change(each)]
     if not changes or any(hydra_errors.group_of(each) == "dataset" for each in overrides):
         return []
     if any(hydra_errors.group_of(each) == "weights" for each in overrides):

@@ -21,17 +21,25 @@ def main() -> None:
 
 def evaluate(config: dict[str, Any]) -> int:
     """Run the evaluation of a validated configuration, and return the exit code."""
+    check_network(config, "give run=DIR, or weights=FILE with backbone=... and dataset=..., and not both")
+    check_changes(config)
+    from sslcli.runs.evaluate_launch import launch
+
+    return launch(config)
+
+
+def check_network(config: dict[str, Any], remedy: str) -> None:
+    """Raise ConfigError unless one of `run` and `weights` is set, and is an existing path.
+
+    `remedy` is the message if both or neither are set.
+    """
     if (config["run"] is None) == (config["weights"] is None):
-        raise ConfigError("give run=DIR, or weights=FILE with backbone=... and dataset=..., and not both")
+        raise ConfigError(remedy)
     path = config["run"] or config["weights"]
     if not os.path.exists(path):
         raise ConfigError(
             f"{'run' if config['run'] else 'weights'} is {path!r}, but there is no such path.{_suggestions(path)}"
         )
-    check_changes(config)
-    from sslcli.runs.evaluate_launch import launch
-
-    return launch(config)
 
 
 def check_changes(config: dict[str, Any]) -> None:

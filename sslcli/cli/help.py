@@ -14,6 +14,7 @@ from sslcli.report.terminal import guard_terminal, print_text
 TITLES = {
     "train": "ssl-train: pre-train a vision backbone without labels.",
     "eval": "ssl-eval: evaluate the features of a run, of all runs in a folder, or of a backbone file.",
+    "embed": "ssl-embed: write the features of images to a file.",
     "export": "ssl-export: write the trained weights of a run to one file.",
 }
 MULTIRUNS = ("train", "eval")  # commands that support --multirun
@@ -29,6 +30,11 @@ EXAMPLES = {
   ssl-eval run=runs/mine launcher=multi                 on all GPUs of this machine
   ssl-eval run=runs/sweep                               a table of all runs in a folder
   ssl-eval weights=net.pt backbone=resnet18 dataset=cifar10""",
+    "embed": """\
+  ssl-embed run=runs/mine images=photos out=photos.parquet    all images in a folder
+  ssl-embed run=runs/mine out=mine.npy                        the dataset of the run
+  ssl-embed run=runs/mine dataset=cifar10 split=test out=test.parquet
+  ssl-embed run=runs/mine dataset=list dataset.file=images.csv dataset.image_size=32 out=images.parquet""",
     "export": """\
   ssl-export run=runs/mine                              the backbone after the last step
   ssl-export run=runs/mine checkpoint=1000 what=method out=method.pt""",
@@ -48,6 +54,9 @@ EXITS = {
   0 done   2 invalid configuration or data   3 training failed   75 stopped and saved: run again to resume""",
     "eval": """\
   0 done   2 invalid configuration or data   3 a process died   75 stopped by a signal""",
+    "embed": """\
+  0 done, also if some images cannot be read (they are listed)   2 invalid configuration or data
+  3 a data worker died, or the disk is full   75 stopped by a signal: run again to resume""",
     "export": """\
   0 done   2 invalid configuration, or a file cannot be read or written""",
 }
@@ -56,7 +65,7 @@ EXITS = {
 def answer(name: str, arguments: list[str]) -> str | None:
     """Return the text for `--help` or `--version`, or None if the command line has neither flag.
 
-    `name` is train, eval or export. `arguments` are the arguments of the command line.
+    `name` is train, eval, embed or export. `arguments` are the arguments of the command line.
     """
     if "--version" in arguments:
         return f"sslcli {__version__}"
@@ -73,7 +82,7 @@ def answer(name: str, arguments: list[str]) -> str | None:
 def overview(name: str, folders: list[Path]) -> str:
     """Return the help text of a command: groups and choices, keys and defaults, flags, and exit codes.
 
-    `name` is train, eval or export. `folders` contain the yaml files.
+    `name` is train, eval, embed or export. `folders` contain the yaml files.
     """
     text = ((conf_folder() or Path()) / f"{name}.yaml").read_text("utf-8")
     defaults = dict(re.findall(r"^  - (\w+): (\w+)", text, re.MULTILINE))
@@ -118,7 +127,7 @@ def indented(text: str) -> str:
 def show_and_exit(name: str) -> None:
     """Print the text for `--help` or `--version` and exit. Do nothing if the command line has neither flag.
 
-    `name` is the command: train, eval or export.
+    `name` is the command: train, eval, embed or export.
     """
     text = answer(name, sys.argv[1:])
     if text is not None:

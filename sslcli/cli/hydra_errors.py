@@ -46,7 +46,7 @@ def one_line(error: object) -> str:
 def print_note(command: str, note: str) -> None:
     """Print a note about a name of version 0.1 to standard error. The same note is printed once per process.
 
-    `command` is train, eval or export. `note` states the old and the current name.
+    `command` is train, eval, embed or export. `note` states the old and the current name.
     """
     print_text(f"ssl-{command}: {note}; the old name is still accepted", to_stderr=True)
 
@@ -159,8 +159,8 @@ def group_of(override: Override) -> str:
 def check_choices(command: str, overrides: list[Override], engine: Hydra) -> None:
     """Raise ConfigError if an override names a config group of another command, or a config group without a choice.
 
-    `command` is train, eval or export. An override without a choice is, for example, `method=null`. Hydra reports both
-    errors with an unclear message or a traceback.
+    `command` is train, eval, embed or export. An override without a choice is, for example, `method=null`. Hydra
+    reports both errors with an unclear message or a traceback.
     """
     own, others = schema.GROUPS[command], {group for groups in schema.GROUPS.values() for group in groups}
     for override in overrides:
@@ -176,8 +176,8 @@ def check_choices(command: str, overrides: list[Override], engine: Hydra) -> Non
 def check_overrides(command: str, overrides: list[Override], base: DictConfig) -> None:
     """Raise ConfigError if one of the overrides is invalid. The message is about the first invalid override.
 
-    `command` is train, eval or export. `base` is the configuration that is composed from the chosen yaml files, without
-    the overrides that set values.
+    `command` is train, eval, embed or export. `base` is the configuration that is composed from the chosen yaml files,
+    without the overrides that set values.
     """
     values = [override.value() for override in overrides if group_of(override) == "trust"]
     trust = trust_list(values[-1] if values else OmegaConf.to_container(base).get("trust", []))  # type: ignore[union-attr]

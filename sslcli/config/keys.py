@@ -20,7 +20,7 @@ def check_path(command: str, path: str, base: DictConfig, *, may_add: bool) -> N
     """Raise ConfigError unless a dotted key is in the composed configuration, or may be added to it.
 
     Args:
-        command: "train", "eval" or "export".
+        command: "train", "eval", "embed" or "export".
         path: the dotted key, such as `method.temperature`.
         base: the composed configuration.
         may_add: True for overrides that begin with `+`, `++` or `~`. The key may then be missing in `base`, if the
@@ -57,7 +57,7 @@ def check_name(command: str, name: str, node: DictConfig, where: str) -> None:
     If the parameters of this class cannot be determined, any name is accepted.
 
     Args:
-        command: "train", "eval" or "export".
+        command: "train", "eval", "embed" or "export".
         name: the key to check.
         node: mapping in a composed configuration.
         where: dotted key of the mapping, or "" for the whole configuration.

@@ -16,8 +16,13 @@ from typing import Any
 from sslcli.config.signatures import names_in_annotations
 from sslcli.errors import ConfigError
 
-PLAIN = {"train": ("run_dir",), "eval": ("run", "weights"), "export": ("run", "out")}  # path keys outside of groups
-NAMES: dict[str, tuple[str, ...]] = {"train": ("name",), "eval": (), "export": ()}  # keys whose values name directories
+PLAIN = {  # path keys outside of groups
+    "train": ("run_dir",),
+    "eval": ("run", "weights"),
+    "embed": ("run", "weights", "images", "out"),
+    "export": ("run", "out"),
+}
+NAMES = {"train": ("name",)}  # keys whose values name directories
 PATH_TYPES = frozenset(["Path", "PurePath", "PosixPath", "PathLike", "Root"])  # types of path parameters
 HUB_NAME = "HubName"  # annotation of a Hugging Face hub name; the value may also be a path that exists
 
@@ -32,12 +37,14 @@ def absolute_paths(command: str, config: dict[str, Any]) -> dict[str, Any]:
 
     URLs and Hugging Face hub names are not changed.
 
-    `command` is train, eval or export. Raises ConfigError if a `~` cannot be expanded.
+    `command` is train, eval, embed or export. Raises ConfigError if a `~` cannot be expanded.
     """
     changed: dict[str, Any] = map_paths(config, absolute)
     for key in PLAIN[command]:
         if isinstance(changed.get(key), str):
             changed[key] = absolute(changed[key])
+        elif isinstance(changed.get(key), list):
+            changed[key] = [absolute(path) for path in changed[key]]
     return changed
 
 
@@ -47,14 +54,14 @@ def numbers_as_text(command: str, config: dict[str, Any], lines: Iterable[str] =
     Hydra and yaml files read `dataset.root=2023` as a number, but a folder may have this name.
 
     Args:
-        command: train, eval or export.
+        command: train, eval, embed or export.
         config: plain values.
         lines: overrides of the command line. If one of them sets a number, the text is taken from this override.
             Therefore `dataset.root=1e3` gives "1e3" and not "1000.0".
     """
     written = {key.lstrip("+"): text.strip() for key, _, text in (line.partition("=") for line in lines)}
     changed = {key: _numbers_as_text(value, key, written) for key, value in config.items()}
-    for key in (*PLAIN[command], *NAMES[command]):
+    for key in (*PLAIN[command], *NAMES.get(command, ())):
         if key in changed:
             changed[key] = _text(changed[key], key, written)
     return changed

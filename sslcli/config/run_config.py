@@ -1,4 +1,4 @@
-"""Typed configurations of ssl-train, ssl-eval and ssl-export.
+"""Typed configurations of the commands.
 
 They are created from plain values. Other modules compose these values from yaml files and the command line, and
 validate them.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sslcli.config.settings import (
+    EmbedSettings,
     EvalSettings,
     ExportSettings,
     LauncherSettings,
@@ -153,6 +154,16 @@ class EvalConfig(NetworkConfig, EvalSettings):
             protocol=config["protocol"],
             **network_nodes(config),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedConfig(NetworkConfig, EmbedSettings):
+    """Configuration of ssl-embed: top-level keys, and the nodes of `NetworkConfig`."""
+
+    @classmethod
+    def from_plain(cls, config: dict[str, Any]) -> EmbedConfig:
+        """Convert `config`, the validated configuration of one job, from a dictionary to an `EmbedConfig`."""
+        return cls(**{f.name: config[f.name] for f in fields(EmbedSettings)}, **network_nodes(config))
 
 
 def network_nodes(config: dict[str, Any]) -> dict[str, Any]:

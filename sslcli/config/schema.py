@@ -18,6 +18,7 @@ from sslcli.config.messages import missing_message, unknown_message
 from sslcli.config.run_config import LAUNCHERS
 from sslcli.config.settings import (
     LARGEST_SEED,
+    EmbedSettings,
     EvalSettings,
     ExportSettings,
     LauncherSettings,
@@ -35,13 +36,20 @@ from sslcli.errors import ConfigError
 GROUPS = {  # config groups of each command; groups in OPTIONAL may be omitted
     "train": ("method", "dataset", "backbone", "views", "optimizer", "launcher", "monitor", "mixture", "experiment"),
     "eval": ("protocol", "dataset", "backbone", "launcher"),
+    "embed": ("dataset", "backbone"),
     "export": (),
 }
-OPTIONAL = {"train": ("mixture", "experiment"), "eval": ("dataset", "backbone"), "export": ()}
+OPTIONAL = {
+    "train": ("mixture", "experiment"),
+    "eval": ("dataset", "backbone"),
+    "embed": ("dataset", "backbone"),
+    "export": (),
+}
 BUILT = ("method", "dataset", "backbone", "views", "optimizer", "protocol")  # groups with a `_target_`
 PLAIN: dict[str, type] = {
     "train": RunSettings,
     "eval": EvalSettings,
+    "embed": EmbedSettings,
     "export": ExportSettings,
 }  # top-level keys outside of groups
 HEADER = "a yaml that sets keys outside its own group begins with the line: # @package _global_"
@@ -50,7 +58,8 @@ HEADER = "a yaml that sets keys outside its own group begins with the line: # @p
 def check(command: str, config: dict[str, Any]) -> None:
     """Raise ConfigError unless `config`, the composed configuration of a command, is valid.
 
-    `command` is train, eval or export. The message names the key, the allowed values, and the closest valid name.
+    `command` is train, eval, embed or export. The message names the key, the allowed values, and the closest valid
+    name.
     """
     plain = [f.name for f in fields(PLAIN[command])]
     sections = ["train", "sweep"] if command == "train" else []

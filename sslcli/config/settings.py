@@ -24,6 +24,7 @@ COLLAPSE_ACTIONS = ("ignore", "warn", "stop")
 KNN_SPLITS = ("val", "test")
 TEST_METRIC = "monitor/test_"  # start of the names of scalars that are measured on test images
 EXPORTS = ("backbone", "method")
+EMBEDDED_SPLITS = ("all", "train", "val", "test")
 RESUME = ("auto", "never", "must")
 DIRECTIONS = ("auto", "max", "min")
 # Scalars in the metrics.jsonl of a run -> "max" if the highest value is best, "min" if the lowest value is best.
@@ -365,6 +366,19 @@ class EvalSettings(NetworkSettings):
 
     baselines: bool
     cache: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedSettings(NetworkSettings):
+    """Settings with the top-level keys of ssl-embed, such as `out`. Raises ConfigError for a value out of range."""
+
+    images: str | list[str] | None  # image files and folders; None: the dataset
+    out: str | None  # .parquet or .npy
+    split: str
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("split", self.split, EMBEDDED_SPLITS)
 
 
 @dataclass(frozen=True, kw_only=True)

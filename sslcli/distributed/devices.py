@@ -18,6 +18,8 @@ from sslcli.errors import ConfigError
 from sslcli.system import cpu
 from sslcli.system.launch_variables import launched, local_world_size
 
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # environment variable of cuBLAS
+
 
 def pick_device(name: str) -> torch.device:
     """Return the device of this process. A CUDA device is returned with its index, such as cuda:0.
@@ -103,7 +105,31 @@ def prepare(device: torch.device, *, deterministic: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:  # without this variable, older versions of torch warn about every matrix product
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        os.environ.setdefault(WORKSPACE, ":4096:8")
+
+
+@contextmanager
+def unchanged_settings() -> Iterator[None]:
+    """Restore torch's global settings after the `with` block: all that `prepare` and `set_threads` change."""
+    uses_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    threads, device = torch.get_num_threads(), torch.cuda.current_device() if uses_cuda else None
+    deterministic, fill = torch.get_deterministic_debug_mode(), torch.utils.deterministic
+    fills = fill.fill_uninitialized_memory  # type: ignore[attr-defined]
+    cudnn = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark
+    precision, workspace = torch.get_float32_matmul_precision(), os.environ.get(WORKSPACE)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if device is not None:
+            torch.cuda.set_device(device)
+        torch.set_deterministic_debug_mode(deterministic)
+        fill.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+        torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = cudnn
+        torch.set_float32_matmul_precision(precision)
+        os.environ.pop(WORKSPACE, None)
+        if workspace is not None:
+            os.environ[WORKSPACE] = workspace
 
 
 def synchronize(device: torch.device) -> None:

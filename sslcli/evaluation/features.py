@@ -215,8 +215,7 @@ def extract(
     mine, sizes = parts[collectives.rank()], [len(part) for part in parts]
     own, done = positions[mine.start : mine.stop], 0
 
-    def encode_batch(images: Tensor) -> Tensor:
-        return _encode_batch(encode, images, prepare=prepare, device=torch.device(device), precision=precision)
+    encode_own = partial(encode_batch, encode, prepare=prepare, device=torch.device(device), precision=precision)
 
     def report(count: int) -> None:
         nonlocal done
@@ -230,11 +229,11 @@ def extract(
         # A DataLoader draws the base seed of its workers from the global generator, so fork the generator's state.
         with unchanged_random_state(torch.device(device)):
             features, readable = _extract_part(
-                encode_batch, batches_of_own, len(own), report=report, gathered=len(positions)
+                encode_own, batches_of_own, len(own), report=report, gathered=len(positions)
             )
             if features is None or math.ceil(len(own) / batch_size) < math.ceil(max(sizes) / batch_size):
                 blank = torch.zeros(1, source.channels, source.image_size, source.image_size, dtype=torch.uint8)
-                empty = encode_batch(blank)[:0]  # has the shape (0, d), which a process without images needs
+                empty = encode_own(blank)[:0]  # has the shape (0, d), which a process without images needs
                 features = empty if features is None else features
         return features, readable
 
@@ -246,7 +245,7 @@ def extract(
 
 
 def _extract_part(
-    encode_batch: Callable[[Tensor], Tensor],
+    encode_own: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     total: int,
     *,
@@ -262,7 +261,7 @@ def _extract_part(
     readable = torch.empty(total, dtype=torch.bool)
     done = 0
     for images, whole in batches:
-        batch = encode_batch(images)
+        batch = encode_own(images)
         if features is None:
             check_memory(gathered * batch[0].nbytes, images=gathered, width=batch.shape[1])
             features = torch.empty(total, batch.shape[1], dtype=batch.dtype)
@@ -289,7 +288,7 @@ def check_memory(needed: int, *, images: int, width: int) -> None:
 
 
 @torch.inference_mode()
-def _encode_batch(
+def encode_batch(
     encode: Callable[[Tensor], Tensor],
     images: Tensor,
     *,

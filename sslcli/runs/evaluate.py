@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
 from sslcli import __version__
-from sslcli.config.run_config import EvalConfig
+from sslcli.config.run_config import EvalConfig, NetworkConfig
 from sslcli.data.sources.base import Source
 from sslcli.distributed import collectives, devices, processes, shared_work
 from sslcli.engine import checkpoint
@@ -53,6 +52,7 @@ from sslcli.runs.result_name import dataset_facts
 from sslcli.runs.subject import Subject, load_subject
 from sslcli.system.launch_variables import AGENT
 from sslcli.system.memory import keep_freed_memory
+from sslcli.system.stop_signals import StoppedBySignal, raised_signals
 
 WAIT = 5.0  # seconds that ranks other than 0 wait before they print, see _end
 LONGEST = 30 * 86400.0  # maximum seconds in which one process waits for another
@@ -60,17 +60,11 @@ LOST_CONTACT = "another process of this evaluation ended; run the same command a
 MAY_DIFFER = ("launcher", "device", "workers")  # settings that may differ between processes
 
 
-class StoppedBySignal(BaseException):
-    """Raised by the signal handler to stop the evaluation.
-
-    The class is not derived from Exception, so that no error handler catches it.
-    """
-
-
 def run(config: EvalConfig) -> int:
     """Run ssl-eval with a validated configuration in this process, and return the exit code."""
     try:
-        return _run_with_signal_handlers(config)
+        with raised_signals():
+            return _run_with_messages(config)
     except StoppedBySignal as stopped:
         if config.launcher.kind == "slurm" and stopped.args != ("SIGTERM",):
             return EXIT_STOPPED  # Slurm signals every process; the batch script logs the reason, and requeues the job
@@ -82,27 +76,6 @@ def run(config: EvalConfig) -> int:
                 "eval", f"stopped by {stopped}; complete features are cached: run the same command again to resume"
             )
         return EXIT_STOPPED
-
-
-def _run_with_signal_handlers(config: EvalConfig) -> int:
-    """Evaluate with signal handlers that raise StoppedBySignal.
-
-    A scheduler sends SIGTERM, SIGUSR1 or SIGUSR2 before it ends a job. A terminal sends SIGHUP when it closes.
-    """
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if number != signal.SIGTERM:  # Slurm repeats the signal until the job responds
-            signal.signal(number, signal.SIG_IGN)
-        raise StoppedBySignal(signal.Signals(number).name)
-
-    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
-    numbers += [] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP]  # ignored under nohup
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        return _run_with_messages(config)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _run_with_messages(config: EvalConfig) -> int:
@@ -250,13 +223,7 @@ def prepare(config: EvalConfig, device: torch.device, screen: Screen) -> Prepare
     subject, source = load_subject(config, device)
     if collectives.is_main():
         check_results_dir(subject.results_dir)
-    if subject.image_size not in (None, source.image_size):
-        screen.say(
-            f"images are evaluated at {source.image_size} pixels, but the network was trained at {subject.image_size}: "
-            f"dataset.image_size={subject.image_size} selects this size"
-        )
-    if config.run is not None and not subject.has_other_images:
-        warn_of_changes(Path(config.run), source, screen)
+    report_other_images(config, subject, source, screen)
     check_classes(source)
     node, protocol = build_protocol(config, subject)
     splits = source.nonempty_splits()
@@ -273,6 +240,17 @@ def prepare(config: EvalConfig, device: torch.device, screen: Screen) -> Prepare
             screen.warn(f"of the images of {name} {warning}")
     variant = protocol.variant(subject.monitor)
     return Prepared(Evaluation(config, device, screen, subject, source, splits, variant=variant), protocol, node)
+
+
+def report_other_images(config: NetworkConfig, subject: Subject, source: Source, screen: Screen) -> None:
+    """Print a note if the images have another size than in pre-training, or changed since pre-training."""
+    if subject.image_size not in (None, source.image_size):
+        screen.say(
+            f"images are evaluated at {source.image_size} pixels, but the network was trained at {subject.image_size}: "
+            f"dataset.image_size={subject.image_size} selects this size"
+        )
+    if config.run is not None and not subject.has_other_images:
+        warn_of_changes(Path(config.run), source, screen)
 
 
 def write_result(outcome: Outcome | None, prepared: Prepared, started: float) -> dict[str, Any]:
@@ -336,7 +314,7 @@ def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any
 
     def choose_layer() -> nn.Module:
         trained = evaluation.subject.net("trained")
-        check_images_fit(evaluation, trained)
+        check_images_fit(evaluation.subject, evaluation.source, trained, evaluation.device)
         example = evaluation.task().example()
         named = trained if isinstance(trained, Method) else evaluation.subject
         evaluation.evaluated_part = named.evaluated_part
@@ -358,9 +336,8 @@ def run_protocol(evaluation: Evaluation, protocol: Protocol, node: dict[str, Any
     return starts.call_on_main(call) if starts.on_main else call()
 
 
-def check_images_fit(evaluation: Evaluation, net: nn.Module) -> None:
-    """Raise ConfigError unless the network accepts images with the size and channels of the evaluation's images."""
-    source, subject = evaluation.source, evaluation.subject
+def check_images_fit(subject: Subject, source: Source, net: nn.Module, device: torch.device) -> None:
+    """Raise ConfigError unless the network `net` accepts images with the size and channels of those of `source`."""
     size, pixels = subject.image_size, f"{source.image_size}x{source.image_size} pixels"
     has = f"the images of {source.name} have {source.channels} channels and {pixels}"
     if len(subject.mean) != source.channels:
@@ -373,7 +350,6 @@ def check_images_fit(evaluation: Evaluation, net: nn.Module) -> None:
         if size == source.image_size
         else f"set dataset.image_size to {'the image size of pre-training' if size is None else size}"
     )
-    device = evaluation.device
     with (
         user_code(
             "computing features",
@@ -384,7 +360,8 @@ def check_images_fit(evaluation: Evaluation, net: nn.Module) -> None:
         devices.unchanged_random_state(device),
         autocast(device, subject.precision),
     ):
-        layers.read(net, layers.BACKBONE, evaluation.task().example())
+        example = torch.zeros(2, source.channels, source.image_size, source.image_size, device=device)
+        layers.read(net, layers.BACKBONE, subject.prepare(example))
 
 
 def write_outcome(outcome: Outcome, evaluation: Evaluation) -> dict[str, Any]:

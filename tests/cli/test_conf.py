@@ -15,6 +15,7 @@ from sslcli.cli import command as command_module
 from sslcli.cli import compose
 from sslcli.config.schema import GROUPS
 from sslcli.config.settings import (
+    EmbedSettings,
     EvalSettings,
     ExportSettings,
     MonitorSettings,
@@ -98,6 +99,10 @@ def test_train_yaml_holds_the_settings_and_nothing_else() -> None:
 
 def test_eval_yaml_holds_the_settings_and_nothing_else() -> None:
     assert set(read("eval")) - {"defaults", "hydra"} == {field.name for field in fields(EvalSettings)}
+
+
+def test_embed_yaml_holds_the_settings_and_nothing_else() -> None:
+    assert set(read("embed")) - {"defaults", "hydra"} == {field.name for field in fields(EmbedSettings)}
 
 
 def test_export_yaml_holds_the_settings_and_nothing_else() -> None:

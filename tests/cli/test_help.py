@@ -17,13 +17,18 @@ from command_line import Cli
 from sslcli import __version__
 from sslcli.config import folders
 from sslcli.config.schema import GROUPS
-from sslcli.config.settings import EvalSettings, ExportSettings, RunSettings, TrainSettings
+from sslcli.config.settings import EmbedSettings, EvalSettings, ExportSettings, RunSettings, TrainSettings
 
 CONF = Path(__file__).parents[2] / "conf"
 
 
 def test_help_names_every_group_choice_and_key(cli: Cli) -> None:
-    commands = {"train": [RunSettings, TrainSettings], "eval": [EvalSettings], "export": [ExportSettings]}
+    commands = {
+        "train": [RunSettings, TrainSettings],
+        "eval": [EvalSettings],
+        "embed": [EmbedSettings],
+        "export": [ExportSettings],
+    }
     for command, settings in commands.items():
         ended = cli(f"ssl-{command}", "--help")
         assert (ended.code, ended.err) == (0, "")
@@ -81,7 +86,7 @@ def test_a_checkout_that_is_not_installed_finds_its_yaml(monkeypatch: pytest.Mon
 
 PROBE = """
 import contextlib, io, json, os, sys
-from sslcli.cli import eval, export, train
+from sslcli.cli import embed, eval, export, train
 os.environ |= {"COMP_LINE": "ssl-train method=", "COMP_POINT": "17"}
 results = {}
 for line in sys.argv[1:]:
@@ -90,7 +95,7 @@ for line in sys.argv[1:]:
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            {"ssl-train": train, "ssl-eval": eval, "ssl-export": export}[program].main()
+            {"ssl-train": train, "ssl-eval": eval, "ssl-embed": embed, "ssl-export": export}[program].main()
         except SystemExit as ended:
             code = ended.code
     results[line] = [code, out.getvalue(), err.getvalue(), "torch" in sys.modules, "hydra" in sys.modules]
@@ -113,12 +118,14 @@ def test_torch_is_imported_by_neither_help_nor_printing_nor_completion_nor_wrong
         "ssl-export -sc query=bash",
         "ssl-export run=/nonesuch",
         "ssl-export run=. what=backbon",
+        "ssl-embed --help",
+        "ssl-embed run=/nonesuch out=x.npy",
     ]
     ended = subprocess.run([sys.executable, "-c", PROBE, *lines], capture_output=True, text=True, check=True)
     results = json.loads(ended.stdout)
     assert [line for line in lines if results[line][3]] == []
     assert not results[lines[0]][4], "--help imported Hydra"
-    assert [results[line][0] or 0 for line in lines] == [0, 0, 0, 0, 0, 2, 2, 2, 0, 2, 0, 2, 2]
+    assert [results[line][0] or 0 for line in lines] == [0, 0, 0, 0, 0, 2, 2, 2, 0, 2, 0, 2, 2, 0, 2]
     assert "queue_size: 65536" in results[lines[1]][1]
     assert "image_size: 32" in results[lines[2]][1]
     assert "method=moco_v3" in results[lines[3]][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -200,6 +201,25 @@ def test_random_states_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(torch.get_rng_state(), before)
         assert states["mps"] == 1
     assert forked == [[], [torch.device("cuda", 1)], []]
+
+
+def test_settings_are_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(devices.WORKSPACE, "as before")
+    torch.set_deterministic_debug_mode("default")
+
+    def settings() -> list[object]:
+        flags = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+        return [torch.get_num_threads(), torch.get_deterministic_debug_mode(), os.environ[devices.WORKSPACE], *flags]
+
+    before = settings()
+    with devices.unchanged_settings():
+        torch.set_num_threads(torch.get_num_threads() + 1)
+        torch.set_float32_matmul_precision("medium")
+        os.environ[devices.WORKSPACE] = "changed"
+        devices.prepare(torch.device("cpu"), deterministic=False)
+        devices.prepare(torch.device("cpu"), deterministic=True)
+        assert settings() != before
+    assert settings() == before
 
 
 def test_the_number_of_threads_is_the_first_that_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
