@@ -171,7 +171,7 @@ def exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
     """Send rows to all ranks, and return the rows received from all ranks in rank order.
 
     Args:
-        rows: (N, ...), in the order of their destination ranks.
+        rows: (N, ...), in the order of their destination ranks. The result of channels-last images is channels-last.
         sent: number of rows to send to each rank; the sum is N.
         received: number of rows that arrive from each rank.
 
@@ -180,6 +180,8 @@ def exchange(rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
     """
     if world_size() == 1:
         return rows
+    if rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last):  # whose rows are contiguous
+        return exchange(rows.permute(0, 2, 3, 1), sent, received).permute(0, 3, 1, 2)
     arrived = rows.new_empty(sum(received), *rows.shape[1:])
     watchdog.record_collective()
     dist.all_to_all_single(arrived, rows.contiguous(), received, sent)

@@ -92,13 +92,18 @@ def all_reduce(gradients: list[Tensor], *, bucket_bytes: int) -> None:
             size = 0
         buckets[-1].append(gradient)
         size += gradient.nbytes
-    flat = [bucket[0] if len(bucket) == 1 else torch.cat([part.reshape(-1) for part in bucket]) for bucket in buckets]
+    flat = [bucket[0] if len(bucket) == 1 else torch.cat(list(map(_in_memory_order, bucket))) for bucket in buckets]
     for work in [dist.all_reduce(values, async_op=True) for values in flat]:
         work.wait()
     for bucket, values in zip(buckets, flat, strict=True):
         if len(bucket) > 1:
-            parts = torch.split(values, [part.numel() for part in bucket])
-            torch._foreach_copy_(bucket, [part.view_as(own) for part, own in zip(parts, bucket, strict=True)])
+            own = list(map(_in_memory_order, bucket))
+            torch._foreach_copy_(own, list(torch.split(values, [part.numel() for part in own])))
+
+
+def _in_memory_order(gradient: Tensor) -> Tensor:
+    """Return a view (numel,) of a gradient in the order of its memory, so that channels-last ones are not permuted."""
+    return gradient.detach().as_strided((gradient.numel(),), (1,))
 
 
 def _random_state(method: nn.Module, device: torch.device) -> RandomState:

@@ -30,3 +30,14 @@ def test_every_draw_is_another_order() -> None:
     rows = torch.arange(32.0)[:, None]
     orders = {tuple(shuffled(rows, draw)[0].flatten().tolist()) for draw in range(20)}
     assert len(orders) == 20
+
+
+def test_channels_last_images_stay_channels_last(pair: Pair) -> None:
+    images = torch.arange(16.0 * 3 * 4 * 5).view(16, 3, 4, 5)
+    expected = pair.run(shuffled, images, 1)
+    found = pair.run(shuffled, images.contiguous(memory_format=torch.channels_last), 1)
+    for one, other in zip(found, expected, strict=True):
+        for part, whole in zip(one, other, strict=True):
+            assert torch.equal(part, whole)
+            assert part.is_contiguous(memory_format=torch.channels_last)
+            assert whole.is_contiguous()
