@@ -56,8 +56,9 @@ def changed_settings(stored: dict[str, Any], now: dict[str, Any], *, may_differ:
     if "dataset" in stored:
         stored["dataset"] = with_added_keys(stored["dataset"], now.get("dataset"))
     before, after = (_compared_values(config, leave_out) for config in (stored, now))
+    shown = [flatten(config, leave_out=leave_out) for config in (stored, now)]  # with "auto" and paths as they were set
     return [
-        f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
+        " -> ".join([f"{key}: {shown[0].get(key, 'not set')}", str(shown[1].get(key, "not set"))])
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not _is_default_of_other(key, before, after)
     ]

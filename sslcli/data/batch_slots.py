@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory
 
 _ALIGNMENT = 64  # bytes; the offset of each tensor in its slot is a multiple of it
 _SMALL = 1 << 16  # bytes; smaller tensors are copied out of the slot, since callers may keep them
@@ -83,8 +84,25 @@ class PackedBatch:
         return _Unpickler(io.BytesIO(self.pickled), tensors).load()
 
 
-def pack(batch: Any, slots: BatchSlots, slot: int) -> Any:
-    """Copy the tensors of a batch to a slot and return a PackedBatch, or the batch itself if it is too large."""
+class LargeBatch:
+    """A batch that did not fit into its slot, and that torch passes. The main process frees the slot."""
+
+    def __init__(self, slots: BatchSlots, slot: int, batch: Any) -> None:
+        self.slots_number, self.slot, self.batch = slots.number, slot, batch
+
+    def pin_memory(self, device: Any = None) -> LargeBatch:
+        """Copy the tensors to pinned memory and return this object. torch calls this method in the main process."""
+        self.batch = pin_memory(self.batch, device)  # type: ignore[no-untyped-call]
+        return self
+
+    def unpack(self) -> Any:
+        """Return the batch. Call this method once, in the main process."""
+        _ALL[self.slots_number].free.append(self.slot)
+        return self.batch
+
+
+def pack(batch: Any, slots: BatchSlots, slot: int) -> PackedBatch | LargeBatch:
+    """Copy the tensors of a batch to a slot, unless it is too large. Return an object whose `unpack` is the batch."""
     found: list[Tensor] = []
     stream = io.BytesIO()
     _Pickler(stream, found).dump(batch)
@@ -94,7 +112,7 @@ def pack(batch: Any, slots: BatchSlots, slot: int) -> Any:
         layouts.append((tensor.dtype, tensor.shape, stride, size))
         size += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
     if size > slots.slot_bytes:
-        return batch
+        return LargeBatch(slots, slot, batch)
     packed = PackedBatch(slots, slot, stream.getvalue(), layouts)
     for tensor, target in zip(
         found, packed.tensors(torch.frombuffer(slots.view(slot), dtype=torch.uint8)), strict=True

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from sslcli.data.batch_slots import BatchSlots, PackedBatch, pack
+from sslcli.data.batch_slots import BatchSlots, LargeBatch, PackedBatch, pack
 from sslcli.data.num_workers import BatchMemory, prefetch_factor
 from sslcli.errors import BUG, ConfigError, ProcessLost, TrainingFailed, class_name, summary, user_code_error
 from sslcli.system.child_processes import kill_with_parent
@@ -172,7 +172,7 @@ def iterate_batches(
         while (item := next_item(iterator, timeout)) is not END:
             if isinstance(item, Exception):
                 raise item
-            yield item.unpack() if isinstance(item, PackedBatch) else item
+            yield item.unpack() if isinstance(item, (PackedBatch, LargeBatch)) else item
 
 
 def create_slots(memory: BatchMemory, workers: int) -> BatchSlots:

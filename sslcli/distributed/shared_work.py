@@ -30,6 +30,7 @@ from sslcli.errors import (
 )
 
 T = TypeVar("T")
+_AGREED = "is_agreed"  # attribute of errors that were raised on all processes
 SENT = (UserCodeError, ConfigError, ProcessLost, TrainingFailed, NotFinite, ValueError)  # subclasses first
 
 
@@ -57,12 +58,22 @@ def agreed(compute: Callable[[], T]) -> T:
     except Exception as error:
         own = error
     failures = collectives.gather_objects(None if own is None else _copy(own))
-    if own is not None:
-        raise own
-    for failure in failures:
-        if failure is not None:
-            raise failure
+    first = own or next((failure for failure in failures if failure is not None), None)
+    if first is not None:
+        first.__dict__[_AGREED] = True
+        raise first
     return result
+
+
+def is_agreed(error: BaseException | None) -> bool:
+    """Return True if `error`, or an error that it was raised from, was raised on all processes.
+
+    After any other error, the processes must not continue together: the others may wait in a collective. With a single
+    process, the result is always True.
+    """
+    if collectives.world_size() == 1:
+        return True
+    return error is not None and (_AGREED in error.__dict__ or is_agreed(error.__cause__))
 
 
 def _copy(error: Exception) -> Exception:

@@ -151,11 +151,12 @@ def parameter_groups(
     and position embeddings of ViT. The optimizer LARS does not adapt the learning rate of this group (`adapt=False`).
     If `decay_norm_and_bias` is True, there is only the group with weight decay, as in MoCo v1 and v2. Parameters for
     which `method.group_options()` returns options get groups of their own. If `method.param_groups()` is not None, the
-    function returns these groups. `wd_scale` of each group is the factor of the optimizer's weight decay.
+    function returns these groups. `wd_scale` of each group is the factor of the optimizer's weight decay. A group of
+    `param_groups` that has a weight decay of its own has no `wd_scale`, and keeps its weight decay.
     """
     own = method.param_groups() if isinstance(method, Method) else None
     if own is not None:
-        return [{"wd_scale": 0.0 if group.get("weight_decay") == 0 else 1.0, **group} for group in own]
+        return [group if "weight_decay" in group else {"wd_scale": 1.0, **group} for group in own]
     options = method.group_options() if isinstance(method, Method) else {}
     members: dict[tuple[Any, bool], list[Tensor]] = {}  # the keys are the options, and if there is weight decay
     for name, parameter in method.named_parameters():

@@ -81,7 +81,7 @@ def resume(run: Run) -> int:
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         path = checkpoint.folder(run.run_dir) / f"step-{state['step']:08d}"
         raise with_traceback(f"the checkpoint {path} does not fit this method or backbone: {error}", error) from error
-    before, now = state["environment"], environment_fingerprint(run)
+    before, now = _stored_environment(state), environment_fingerprint(run)
     changed = [f"{name} {before[name]} -> {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
     run.monitor.good_step = state["step"]
     if changed:
@@ -89,6 +89,19 @@ def resume(run: Run) -> int:
     run.screen.say(f"continuing from step {state['step']:,} in {run.run_dir}")
     resume_phases(run, state)
     return int(state["step"])
+
+
+def _stored_environment(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the environment in which a checkpoint was saved, see `environment_fingerprint`.
+
+    Checkpoints of versions without train.compile=auto and train.deterministic=auto contain only the settings.
+    """
+    settings = state["config"].get("train", {})
+    stored: dict[str, Any] = {
+        "deterministic kernels": settings.get("deterministic", True),
+        "torch.compile": settings.get("compile", False),
+    }
+    return {**stored, **state["environment"]}
 
 
 def restore(run: Run, state: dict[str, Any]) -> None:

@@ -99,7 +99,7 @@ class Run:
         lr, weight_decay = self.lr_at(step), self.weight_decay_at(step)
         for group in self.optimizer.param_groups:
             group["lr"] = (self.peak_lr if group.get("constant_lr") else lr) * group.get("lr_scale", 1.0)
-            if weight_decay is not None:
+            if weight_decay is not None and "wd_scale" in group:
                 group["weight_decay"] = weight_decay * group["wd_scale"]
             if "frozen_epochs" in group:
                 group["is_frozen"] = step < self.frozen_steps_of(group["frozen_epochs"])

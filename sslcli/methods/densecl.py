@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from sslcli.distributed.batch_shuffle import shuffled
 from sslcli.distributed.collectives import all_gather
 from sslcli.methods.base import Batch, maps_of
-from sslcli.methods.moco import MoCo, enqueue
+from sslcli.methods.moco import MoCo
 from sslcli.nn.contrastive import Contrast, info_nce
 from sslcli.nn.ema import ema_update, frozen_copy
 from sslcli.nn.modes import evaluating, full_precision
+from sslcli.nn.queue import enqueue_all
 
 
 @torch.no_grad()
@@ -151,9 +152,7 @@ class DenseCL(MoCo):
     def after_step(self, progress: float) -> None:
         super().after_step(progress)
         ema_update(self.momentum_dense_head, self.dense_head, self.momentum)
-        for keys in self.new_dense_keys:
-            enqueue(self.dense_queue, self.dense_queue_head, keys)
-        self.new_dense_keys.clear()
+        enqueue_all(self.dense_queue, self.dense_queue_head, self.new_dense_keys)
 
 
 def check_map(backbone: nn.Module, image_size: int, channels: int) -> int:

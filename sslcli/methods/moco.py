@@ -23,20 +23,8 @@ from sslcli.nn.contrastive import Contrast, check_momentum, check_temperature, i
 from sslcli.nn.ema import ema_update, frozen_copy
 from sslcli.nn.heads import mlp
 from sslcli.nn.modes import full_precision
+from sslcli.nn.queue import enqueue_all
 from sslcli.nn.schedule import ema_momentum
-
-
-@torch.no_grad()
-def enqueue(queue: Tensor, head: Tensor, keys: Tensor) -> None:
-    """Overwrite the oldest rows of `queue` (K, D) with `keys` (G, D) and advance `head`. Both change in place.
-
-    `head` is a scalar tensor, the index of the next row to overwrite. The number of keys G may be larger than the queue
-    length K. In this case, only the last K keys are kept.
-    """
-    size = len(queue)
-    rows = (head + torch.arange(len(keys), device=queue.device)) % size
-    queue[rows[-size:]] = keys[-size:].to(queue.dtype)
-    head.copy_((head + len(keys)) % size)
 
 
 def projection_head(width: int, dim: int, *, mlp_head: bool, hidden: int | None) -> nn.Sequential:
@@ -166,9 +154,7 @@ class MoCo(Method):
         momentum = self.scheduled(progress).get("EMA momentum", self.momentum)
         ema_update(self.momentum_backbone, self.backbone, momentum)
         ema_update(self.momentum_head, self.head, momentum)
-        for keys in self.new_keys:
-            enqueue(self.queue, self.queue_head, keys)
-        self.new_keys.clear()
+        enqueue_all(self.queue, self.queue_head, self.new_keys)
         average_statistics(self)
 
     def get_extra_state(self) -> Tensor:

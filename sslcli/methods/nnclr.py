@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from sslcli.distributed.collectives import all_gather, all_gather_with_grad, rank
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, Method, num_features
-from sslcli.methods.moco import enqueue
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.contrastive import Contrast, check_temperature, info_nce
 from sslcli.nn.heads import mlp
 from sslcli.nn.modes import full_precision
+from sslcli.nn.queue import enqueue_all
 
 LARGEST_QUEUE = 65536  # default of solo-learn
 
@@ -107,9 +107,7 @@ class NNCLR(Method):
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
-        for keys in self.new_keys:
-            enqueue(self.queue, self.queue_head, keys)
-        self.new_keys.clear()
+        enqueue_all(self.queue, self.queue_head, self.new_keys)
 
     def projection(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))  # type: ignore[no-any-return]

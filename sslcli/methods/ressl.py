@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from sslcli.distributed.collectives import all_gather
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, Method, num_features
-from sslcli.methods.moco import enqueue
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.contrastive import check_momentum, check_temperature
 from sslcli.nn.ema import ema_update, frozen_copy
 from sslcli.nn.heads import mlp
 from sslcli.nn.modes import full_precision
+from sslcli.nn.queue import enqueue_all
 from sslcli.nn.schedule import ema_momentum
 
 
@@ -122,9 +122,7 @@ class ReSSL(Method):
         momentum = self.scheduled(progress)["EMA momentum"]
         ema_update(self.teacher_backbone, self.backbone, momentum)
         ema_update(self.teacher_projector, self.projector, momentum)
-        for keys in self.new_keys:
-            enqueue(self.queue, self.queue_head, keys)
-        self.new_keys.clear()
+        enqueue_all(self.queue, self.queue_head, self.new_keys)
 
     def projection(self, images: Tensor) -> Tensor:
         return self.projector(self.backbone(images))  # type: ignore[no-any-return]

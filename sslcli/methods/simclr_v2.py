@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from sslcli.distributed.collectives import all_gather
 from sslcli.methods.base import Batch
 from sslcli.methods.mixture import UnMix
-from sslcli.methods.moco import enqueue
 from sslcli.methods.simclr import SimCLR, nt_xent
 from sslcli.nn.contrastive import Contrast, check_momentum
 from sslcli.nn.ema import ema_update, frozen_copy
 from sslcli.nn.modes import full_precision
+from sslcli.nn.queue import enqueue_all
 
 
 class SimCLRv2(SimCLR):
@@ -109,9 +109,7 @@ class SimCLRv2(SimCLR):
             return
         ema_update(self.momentum_backbone, self.backbone, self.momentum)
         ema_update(self.momentum_head, self.head, self.momentum)
-        for keys in self.new_keys:
-            enqueue(self.queue, self.queue_head, keys)
-        self.new_keys.clear()
+        enqueue_all(self.queue, self.queue_head, self.new_keys)
 
     def head_features(self, images: Tensor, layer: int) -> Tensor:
         """Return the output of the head layer number `layer`: (N, C, H, W) -> (N, width of the layer).

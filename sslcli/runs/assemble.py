@@ -319,6 +319,17 @@ def suspicious_settings(job: Run, parts: Parts) -> list[str]:
             f"is frozen for at most a quarter of a run, here {job.frozen_steps:,} of {job.total_steps:,} steps: lower "
             "train.freeze_backbone_epochs, or train longer"
         )
+    if settings.clip_grad_by != "all" and settings.clip_grad is None:
+        found.append(
+            f"train.clip_grad_by={settings.clip_grad_by} has no effect, because train.clip_grad is null: set "
+            "train.clip_grad to the largest norm"
+        )
+    if settings.schedule_length != 1 and settings.schedule != "cosine":
+        found.append(
+            f"train.schedule_length={settings.schedule_length:g} does not change the learning rate, because "
+            f"train.schedule is {settings.schedule}: set train.schedule=cosine. It changes the other cosine schedules, "
+            "such as that of the EMA momentum"
+        )
     if settings.accumulate > 1 and not settings.cached_gradients and job.method.num_negatives(2):
         remedy = ": train.cached_gradients=true uses the whole batch" if job.method.uses_in_batch_negatives else ""
         found.append(f"with train.accumulate, in-batch negatives come only from the same micro-batch{remedy}")

@@ -165,6 +165,8 @@ def _evaluate_folder(folder: Path, config: EvalConfig, device: torch.device, scr
         try:
             rows.append(evaluate(replace(config, run=str(path)), device, screen))
         except (ValueError, TrainingFailed) as error:
+            if not shared_work.is_agreed(error):  # the other processes do not know of it
+                raise
             screen.stop()
             codes.add(exit_code(error))
             if is_main:

@@ -39,11 +39,14 @@ def training_message(error: BaseException, config: RunConfig, *, has_negatives: 
     settings, processes = config.train, collectives.world_size()
     per_pass = settings.batch_size // (settings.accumulate * processes)
     remedies = []
-    if per_pass % 2 == 0:  # an odd number does not split into two micro-batches
+    is_sharded = processes > 1 and settings.sharding == "fsdp"
+    # An odd number does not split into two, and a pass of one image has neither batch statistics nor negatives.
+    if per_pass % 2 == 0 and per_pass > 2:
         smaller = f"train.accumulate={2 * settings.accumulate} halves the images per forward pass"
         cached = ""
         if has_negatives and not settings.cached_gradients:
-            cached = ", which also halves in-batch negatives; train.cached_gradients=true keeps them"
+            keep = "" if is_sharded else "; train.cached_gradients=true keeps them"
+            cached = f", which also halves in-batch negatives{keep}"
         remedies.append(f"{smaller} (now {per_pass}{cached})")
     if not settings.activation_checkpointing and settings.compile is not True:
         remedies.append("train.activation_checkpointing=true keeps fewer activations, at the cost of speed")
@@ -51,8 +54,14 @@ def training_message(error: BaseException, config: RunConfig, *, has_negatives: 
         remedies.append("train.precision=bf16 halves activations")
     if processes > 1 and settings.sharding == "none":
         remedies.append("train.sharding=fsdp divides the parameters among the processes")
-    remedies.append(f"reduce train.batch_size (now {settings.batch_size}) or dataset.image_size")
-    remedies.append("on a GPU, dry_run=true find_batch_size=true finds the largest train.batch_size")
+    if is_sharded:
+        remedies.append(f"more processes (now {processes}) hold smaller parts of the parameters each")
+    if per_pass > 2:
+        remedies.append(f"reduce train.batch_size (now {settings.batch_size}) or dataset.image_size")
+        if not is_sharded:
+            remedies.append("on a GPU, dry_run=true find_batch_size=true finds the largest train.batch_size")
+    else:
+        remedies.append(f"reduce dataset.image_size or choose a smaller backbone (a pass has only {per_pass} images)")
     return f"out of memory ({_cause(error)}). To use less memory: {'; '.join(remedies)}"
 
 

@@ -64,7 +64,7 @@ def test_auto_is_the_default_of_older_versions() -> None:
     for stored in (CONFIG, old, auto):
         assert changed_settings(stored, auto) == []
         assert digest_of_settings(stored) == digest_of_settings(auto)
-    assert changed_settings(auto, other) == ["train.compile: False -> True", "train.deterministic: True -> False"]
+    assert changed_settings(auto, other) == ["train.compile: auto -> True", "train.deterministic: auto -> False"]
     assert digest_of_settings(auto) != digest_of_settings(other)
 
 

@@ -54,9 +54,16 @@ def test_a_slot_is_free_again_when_no_large_tensor_is_left() -> None:
     assert index.tolist() == [0, 1, 2, 3]  # small tensors are copies
 
 
-def test_a_batch_that_is_too_large_is_not_packed() -> None:
-    whole = batch()
-    assert pack(whole, BatchSlots(1, 1000), 0) is whole
+def test_the_slot_of_a_batch_that_is_too_large_becomes_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots, whole = BatchSlots(1, 1000), batch()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor + 1)
+    for pinned in (False, True):
+        slot = slots.take()
+        assert slot == 0
+        packed = pickle.loads(pickle.dumps(pack(whole, slots, slot)))
+        found = packed.pin_memory("cuda").unpack() if pinned else packed.unpack()
+        assert torch.equal(found["images"][0], whole["images"][0] + pinned)
+    assert slots.take() == 0
 
 
 def test_pinned_memory_is_copied_out_of_the_slot(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,12 @@ ERRORS = {
 }
 
 
+def wrapped(cause: Exception) -> Exception:
+    error = ConfigError("with a remedy")
+    error.__cause__ = cause
+    return error
+
+
 def failing(name: str, at: int) -> tuple[str, str]:
     def compute() -> str:
         if collectives.rank() == at:
@@ -94,7 +100,8 @@ def failing(name: str, at: int) -> tuple[str, str]:
     except Exception as error:
         kind = "memory" if is_out_of_memory(error) else type(error).__name__
         collectives.barrier()  # no process is left behind in another collective
-        return kind, str(error)
+        known = [shared_work.is_agreed(each) for each in (error, wrapped(error), ConfigError("of this process"))]
+        return (kind, str(error)) if known == [True, True, False] else ("not agreed", str(known))
     return "nothing", ""
 
 

@@ -30,6 +30,7 @@ from small_runs import (
     survivors,
     wait_for_step,
 )
+from sslcli.engine import resume as resume_module
 
 pytestmark = pytest.mark.timeout(1200)  # the first test waits for the runs of all
 
@@ -242,3 +243,11 @@ def test_two_processes_go_on_where_one_stopped_with_the_same_images(runs: Runs) 
         assert ("train/loss" in other) == ("train/loss" in one)
         assert other.get("train/lr") == one.get("train/lr")
         assert other.get("train/loss", 0) == pytest.approx(one.get("train/loss", 0), rel=1e-4)
+
+
+def test_the_kind_of_kernels_of_an_older_checkpoint_is_that_of_its_settings() -> None:
+    for settings, expected in (({}, (True, False)), ({"deterministic": False, "compile": True}, (False, True))):
+        found = resume_module._stored_environment({"config": {"train": settings}, "environment": {"threads": 2}})
+        assert (found["deterministic kernels"], found["torch.compile"], found["threads"]) == (*expected, 2)
+    state = {"config": {"train": {"compile": False}}, "environment": {"torch.compile": True}}
+    assert resume_module._stored_environment(state)["torch.compile"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -160,3 +161,16 @@ def test_a_frozen_backbone_keeps_weights_and_statistics_and_resumes_bit_for_bit(
     shutil.copy(whole / "checkpoints/step-00000001.pt", half / "checkpoints")
     finish(make_run(half, *line, *FROZEN))
     assert differences(newest(half), newest(whole)) == []
+
+
+def test_a_group_with_a_weight_decay_of_its_own_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def groups(method: BYOL) -> list[dict[str, Any]]:
+        own = {"params": list(method.predictor.parameters()), "weight_decay": 0.3}
+        return [own, {"params": list(method.projector.parameters())}]
+
+    monkeypatch.setattr(BYOL, "param_groups", groups)
+    run = scheduled_run(tmp_path)
+    run.begin_step(11)
+    assert [group["weight_decay"] for group in run.optimizer.param_groups] == [0.3, run.weight_decay_at(11)]
+    run.stop.close()
+    run.monitor.close()

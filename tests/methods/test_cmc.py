@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -385,3 +386,14 @@ def test_in_batch_hits_are_those_nearest_to_their_own_row() -> None:
     assert in_batch_loss(axes, axes[[1, 0, 2, 3]], None, temperature=0.1)[1].tolist() == [0, 0, 1, 1]
     same = torch.ones(4, 4) / 2
     assert in_batch_loss(same, same, None, temperature=0.1)[1].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_loss_is_not_computed_in_the_precision_of_autocast(loss: str) -> None:
+    method, rows = tiny_cmc(loss=loss), (*torch.randn(2, 6, 4), torch.arange(6))
+    other = copy.deepcopy(method)
+    expected = other.compare(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = method.compare(rows)
+    assert found["loss"].dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
 from sslcli.methods.densecl import DenseCL, dense_contrast, matching_places
-from sslcli.methods.moco import enqueue
 from sslcli.nn.contrastive import info_nce
+from sslcli.nn.queue import enqueue
 from tiny import TinyNet, make_batch
 
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
 from sslcli.methods.base import Batch
-from sslcli.methods.moco import MoCo, enqueue
+from sslcli.methods.moco import MoCo
 from sslcli.nn.batch_norm import SplitBatchNorm, SyncBatchNorm
 from sslcli.nn.contrastive import info_nce
+from sslcli.nn.queue import enqueue
 from tiny import TinyNet, make_batch
 
 
@@ -34,18 +35,6 @@ def test_loss_and_gradient_equal_the_official_code(case: Case) -> None:
     enqueue(queue, head, k)
     case.check(queue.T, "queue_after")
     case.check(head[None], "ptr_after")
-
-
-@golden_cases("moco_queue")
-def test_queue_equals_the_official_one_after_every_step(case: Case) -> None:
-    queue, head = case.inputs["queue0"].T.contiguous(), torch.tensor(0)
-    queues, heads = [], []
-    for keys in case.inputs["keys"]:
-        enqueue(queue, head, keys)
-        queues.append(queue.T.clone())
-        heads.append(head.clone())
-    case.check(queues, "queue")
-    case.check(heads, "ptr")
 
 
 @golden_cases("moco_steps")
@@ -88,18 +77,6 @@ def test_loss_is_the_cross_entropy_of_the_own_key_before_the_whole_queue() -> No
         logits = [query @ (k[i] / k[i].norm()) / 0.2, *(query @ key / 0.2 for key in method.queue)]
         expected += F.cross_entropy(torch.stack(logits)[None], torch.tensor([0])) / 6
     torch.testing.assert_close(method(batch)["loss"], expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("size", "count"), [(10, 4), (10, 10), (10, 23), (7, 7), (1, 3), (5, 1)])
-def test_queue_of_any_size_takes_any_number_of_keys_first_in_first_out(size: int, count: int) -> None:
-    queue, head = torch.full((size, 2), -1.0), torch.tensor(0)
-    newest: list[float] = [-1.0] * size
-    for step in range(7):
-        keys = torch.arange(step * count, (step + 1) * count).float()
-        enqueue(queue, head, keys[:, None].expand(-1, 2))
-        newest = [*newest, *keys.tolist()][-size:]
-        assert int(head) == (step + 1) * count % size
-        assert queue.roll(-int(head), 0)[:, 0].tolist() == newest
 
 
 def test_forward_leaves_queue_and_key_encoder_as_they_are_and_after_step_moves_both() -> None:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from command_line import Cli
+from one_run import make_run
 from small_runs import make_folder
 from sslcli.data.sources.files import Folder
+from sslcli.runs.assemble import suspicious_settings
 
 LINE = ["dataset=folder", "dataset.image_size=32", "dataset.workers=0", "dataset.val_fraction=0.5", "backbone.width=4"]
 LINE += [
@@ -131,3 +137,21 @@ def test_the_linear_probe_trains_on_val_only_if_it_reports_on_test(cli: Cli, tmp
         assert cli("ssl-eval", f"run={run_dir}", "protocol=linear", "protocol.epochs=1", "baselines=false").code == 0
         result = json.loads((run_dir / "eval/linear.json").read_text())
         assert (result["split"], result["n_train"], result["n_test"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.clip_grad_by=tensor"], "train.clip_grad_by=tensor has no effect, because train.clip_grad is null"),
+        (["train.schedule_length=1.25", "train.schedule=step"], "train.schedule_length=1.25 does not change the learn"),
+        (["train.clip_grad_by=tensor", "train.clip_grad=3", "train.schedule_length=1.25"], None),
+    ],
+)
+def test_settings_without_an_effect_are_warned_of(overrides: list[str], expected: str | None, tmp_path: Path) -> None:
+    run = make_run(tmp_path, *overrides)
+    run.stop.close()
+    run.monitor.close()
+    parts: Any = SimpleNamespace(method=run.method, source=run.loader.source)
+    found = suspicious_settings(run, parts)
+    assert len(found) == (expected is not None)
+    assert expected is None or found[0].startswith(expected)

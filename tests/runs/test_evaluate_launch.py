@@ -158,6 +158,25 @@ def test_torchrun_starts_the_processes_and_a_folder_of_runs_becomes_one_table(ru
     assert found[0]["top1"] == found[1]["top1"]
 
 
+def test_an_error_that_the_other_processes_do_not_know_ends_the_evaluation_of_a_folder(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = EvalConfig.from_plain(composed("eval", f"run={run_dir.parent}"))
+
+    def fail(*arguments: object) -> dict[str, Any]:
+        raise ConfigError("a file is missing here")
+
+    def of_folder() -> int:
+        return evaluate._evaluate_folder(run_dir.parent, config, torch.device("cpu"), Screen(silent=True))
+
+    with patch.object(evaluate, "evaluate", fail):
+        assert of_folder() == 2
+        monkeypatch.setattr(collectives, "world_size", lambda: 2)
+        monkeypatch.setattr(collectives, "rank", lambda: 1)
+        with pytest.raises(ConfigError, match="a file is missing"):
+            of_folder()
+
+
 def test_another_number_of_processes_than_torchruns_is_refused(
     run_dir: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,20 @@ def test_the_message_names_the_allocation_and_only_keys_that_still_help() -> Non
     assert "out of memory (MemoryError)" in message(MemoryError())
 
 
+def test_sharded_runs_and_passes_of_two_images_get_remedies_that_they_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = message(CUDA, "train.batch_size=4", "train.accumulate=2")
+    assert "train.accumulate" not in said
+    assert "train.batch_size" not in said
+    assert "reduce dataset.image_size or choose a smaller backbone (a pass has only 2 images)" in said
+    monkeypatch.setattr("sslcli.distributed.collectives.world_size", lambda: 2)
+    said = message(CUDA, "train.sharding=fsdp", "train.batch_size=256")
+    assert "train.accumulate=2 halves the images per forward pass (now 128, which also halves in-batch neg" in said
+    assert "more processes (now 2) hold smaller parts" in said
+    assert "find_batch_size" not in said
+    assert "cached_gradients" not in said
+    assert "reduce train.batch_size (now 256)" in said
+
+
 def test_a_number_of_micro_batches_that_does_not_divide_the_batch_is_not_advised() -> None:
     assert "train.accumulate=8 halves" in message(CUDA, "train.batch_size=104", "train.accumulate=4")
     assert "train.accumulate" not in message(CUDA, "train.batch_size=100", "train.accumulate=4")
