@@ -23,7 +23,7 @@ $(VENV)/installed: setup.cfg setup.py pyproject.toml $(wildcard sslcli/kernels/*
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[dev,hf,timm]"
+	$(BIN)/python -m pip install --quiet --editable ".[dev,hf,timm,export]"
 	touch $@
 
 install: $(VENV)/installed

@@ -123,7 +123,7 @@ def test_damaged_results_and_caches_are_set_aside_and_computed_again(trained: Pa
 @pytest.mark.parametrize("damage", BINARY)
 def test_a_damaged_export_is_refused(damage: Damage, trained: Path, cli: Cli) -> None:
     assert cli("ssl-export", f"run={trained}").code == 0
-    (path,) = (trained / "export").iterdir()
+    (path,) = (trained / "export").glob("*.pt")
     damage(path)
     refused(cli("ssl-eval", f"weights={path}", "dataset=shapes", "protocol=knn"), path)
 

@@ -85,6 +85,7 @@ class ResNet(Backbone):
             zero_init_residual=zero_init_residual,
             norm_layer=partial(norm_layer, norm),
         )
+        self.arch = arch
         self.num_features: int = net.fc.in_features
         for name, child in net.named_children():
             if name != "fc":

@@ -29,6 +29,9 @@ class Timm(Backbone):
         pretrained: load timm's weights instead of random initialization. The first use downloads the weights.
         options: additional keyword arguments for timm.create_model, e.g. {"drop_path_rate": 0.1}.
 
+    Attributes:
+        arguments: the arguments of timm.create_model that describe the architecture of the model.
+
     Raises ValueError if timm cannot be imported, has no model `name`, or cannot build the model with these arguments.
     """
 
@@ -44,7 +47,8 @@ class Timm(Backbone):
         options: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
-        self.model = create(
+        self.name = name
+        self.model, self.arguments = create(
             name, image_size=image_size, in_channels=in_channels, pretrained=pretrained, options=dict(options or {})
         )
         self.pretrained = pretrained
@@ -70,8 +74,12 @@ class Timm(Backbone):
         return {f"stage{number}": each for number, each in enumerate(maps, start=1)}
 
 
-def create(name: str, *, image_size: int, in_channels: int, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+def create(
+    name: str, *, image_size: int, in_channels: int, pretrained: bool, options: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
     """Create the timm model `name` without classifier. For the arguments, see `Timm`.
+
+    Returns the model, and the arguments of timm.create_model that describe its architecture.
 
     Raises ValueError if timm cannot be imported, has no model `name`, or cannot build the model with these arguments.
     """
@@ -88,22 +96,23 @@ def create(name: str, *, image_size: int, in_channels: int, pretrained: bool, op
     arguments = {"pretrained": pretrained, "num_classes": 0, "in_chans": in_channels, **options}
     try:
         with without_pickles():
-            model = _built(timm, name, image_size, arguments)
+            model, arguments = _built(timm, name, image_size, arguments)
     except Exception as error:  # any cause: a failed download, an invalid option, a wrong size
         raise ValueError(
             f"timm cannot build {name!r} with image_size={image_size}, {arguments}: {type(error).__name__}: {error}"
         ) from error
-    return model
+    return model, {key: value for key, value in arguments.items() if key not in ("pretrained", "num_classes")}
 
 
-def _built(timm: Any, name: str, image_size: int, arguments: dict[str, Any]) -> nn.Module:
+def _built(timm: Any, name: str, image_size: int, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """Return the model, and all arguments it was built with."""
+    sized = {"img_size": image_size, **arguments}
     try:
-        model: nn.Module = timm.create_model(name, img_size=image_size, **arguments)
+        return timm.create_model(name, **sized), sized
     except TypeError as error:
         if "img_size" not in str(error):  # convolutional models accept any image size and have no argument img_size
             raise
-        model = timm.create_model(name, **arguments)
-    return model
+    return timm.create_model(name, **arguments), arguments
 
 
 @contextmanager

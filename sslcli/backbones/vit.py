@@ -213,7 +213,7 @@ class VisionTransformer(Backbone):
         if mask is not None:
             patches = masked(patches, mask, mask_token)
         x = self.input_tokens(patches, grid, keep=keep)
-        for block, kept in zip(self.blocks, self.kept_branches(len(x), x.device), strict=True):
+        for block, kept in zip(self.blocks, self.kept_branches(x.shape[0], x.device), strict=True):
             x = block(x, kept)
         return self.norm(x), grid
 
@@ -228,7 +228,8 @@ class VisionTransformer(Backbone):
         if keep is not None:
             patches = take_patches(patches, keep)
         first = [self.cls_token + positions[:, :1], *([] if self.reg_token is None else [self.reg_token])]
-        return torch.cat([*(token.expand(len(patches), -1, -1) for token in first), patches], dim=1)
+        num_images = patches.shape[0]  # len(patches) would be a constant in an exported graph
+        return torch.cat([*(token.expand(num_images, -1, -1) for token in first), patches], dim=1)
 
     def kept_branches(self, num_images: int, device: torch.device) -> Iterable[Tensor | None]:
         """Draw the images whose residual branches are not dropped: for each block, (2, N) bool or None = all images.

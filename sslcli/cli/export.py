@@ -1,4 +1,4 @@
-"""ssl-export: writes the trained weights of a run to one file. See conf/export.yaml."""
+"""ssl-export: writes the trained weights of a run for sslcli or another tool. See conf/export.yaml."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def export(config: dict[str, Any]) -> int:
         raise ConfigError("give run=DIR, the directory of the run to export")
     if not os.path.isdir(config["run"]):
         raise ConfigError(f"run is {config['run']!r}, but there is no such directory")
-    if config["out"] is not None and os.path.isdir(config["out"]):
+    if config["format"] == "torch" and config["out"] is not None and os.path.isdir(config["out"]):
         raise ConfigError(f"out is {config['out']!r}, but that is a directory: set it to a file name")
     from sslcli.config.run_config import export_config
     from sslcli.runs.export import run

@@ -15,7 +15,7 @@ TITLES = {
     "train": "ssl-train: pre-train a vision backbone without labels.",
     "eval": "ssl-eval: evaluate the features of a run, of all runs in a folder, or of a backbone file.",
     "embed": "ssl-embed: write the features of images to a file.",
-    "export": "ssl-export: write the trained weights of a run to one file.",
+    "export": "ssl-export: write the trained weights of a run, for sslcli or another tool.",
 }
 MULTIRUNS = ("train", "eval")  # commands that support --multirun
 EXAMPLES = {
@@ -37,6 +37,7 @@ EXAMPLES = {
   ssl-embed run=runs/mine dataset=list dataset.file=images.csv dataset.image_size=32 out=images.parquet""",
     "export": """\
   ssl-export run=runs/mine                              the backbone after the last step
+  ssl-export run=runs/mine format=timm out=mine_timm    a folder that timm loads
   ssl-export run=runs/mine checkpoint=1000 what=method out=method.pt""",
 }
 MULTIRUN = """\

@@ -25,6 +25,7 @@ KNN_SPLITS = ("val", "test")
 TEST_METRIC = "monitor/test_"  # start of the names of scalars that are measured on test images
 EXPORTS = ("backbone", "method")
 EMBEDDED_SPLITS = ("all", "train", "val", "test")
+EXPORT_FORMATS = ("torch", "safetensors", "torchvision", "timm", "onnx", "hf")
 RESUME = ("auto", "never", "must")
 DIRECTIONS = ("auto", "max", "min")
 # Scalars in the metrics.jsonl of a run -> "max" if the highest value is best, "min" if the lowest value is best.
@@ -388,9 +389,11 @@ class ExportSettings:
     run: str | None
     checkpoint: str | int  # last, or a step
     what: str
+    format: str
     out: str | None
     trust: list[str]
 
     def __post_init__(self) -> None:
         check_checkpoint(self.checkpoint)
         check_choice("what", self.what, EXPORTS)
+        check_choice("format", self.format, EXPORT_FORMATS)

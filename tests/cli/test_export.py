@@ -72,6 +72,11 @@ def test_results_of_a_file_on_other_images_have_names_of_their_own(trained: Path
         ("run={run} checkpoint=first", ["'first'", "'last' or the number of a step"]),
         ("run={run} what=head", ["'head'", "backbone, method"]),
         ("run={run} out=.", ["out is '", "that is a directory"]),
+        ("run={run} format=tim", ["'tim'", "torch, safetensors, torchvision, timm, onnx, hf"]),
+        ("run={run} format=torchvision", ["only the ResNets", "Possible formats: torch, safetensors, onnx"]),
+        ("run={run} format=safetensors what=method", ["format=safetensors exports only what=backbone"]),
+        ("run={run} format=safetensors out=.", ["did not write", "(it has file, trained)"]),
+        ("run={run} format=safetensors out=x.safetensors", ["writes a folder", "remove .safetensors"]),
         ("run={run} out=file/in/a/file", ["file/in/a/file, but it cannot be written"]),
         ("run={run} whatt=method", ["whatt", "Did you mean 'what'"]),
         ("--multirun run={run} checkpoint=2,3", ["does not support --multirun"]),
@@ -87,6 +92,29 @@ def test_wrong_input_is_refused_in_one_message(
     assert [part for part in wanted if part not in ended.err] == [], ended.err
     assert ended.err.count("\n") == 1
     assert not (trained / "export").exists()
+
+
+def test_a_folder_has_weights_preprocessing_and_a_model_card(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    for _ in range(2):  # an export replaces an earlier one
+        ended = cli("ssl-export", f"run={trained}", "format=safetensors")
+        assert (ended.code, ended.err) == (0, "")
+    out = trained / "export/safetensors-step-00000003"
+    assert {path.name for path in out.iterdir()} == {
+        "model.safetensors",
+        "config.json",
+        "preprocessing.json",
+        "README.md",
+    }
+    assert "difference of features  0" in ended.out
+    assert "features on 20 images of shapes" in ended.out
+    assert json.loads((out / "preprocessing.json").read_text())["center_crop"] == 32
+    assert "# Small, pre-trained with SimCLR on shapes" in (out / "README.md").read_text()
+    assert cli("ssl-export", f"run={trained}", f"out={tmp_path / 'net.pt'}").code == 0
+    assert {path.name for path in tmp_path.glob("net.pt*")} == {
+        "net.pt",
+        "net.pt.README.md",
+        "net.pt.preprocessing.json",
+    }
 
 
 def test_the_installed_command_tells_how_to_go_on(trained: Path, tmp_path: Path) -> None:

@@ -276,7 +276,8 @@ def exported(run_dir: Path) -> set[str]:
     found = {}
     for what in ("backbone", "method"):
         path = run_dir / f"{what}.pt"
-        assert export.run(ExportSettings(run=str(run_dir), checkpoint="last", what=what, out=str(path), trust=[])) == 0
+        settings = {"run": str(run_dir), "checkpoint": "last", "format": "torch", "trust": []}
+        assert export.run(ExportSettings(**settings, what=what, out=str(path))) == 0
         found[what] = torch.load(path, weights_only=True)["state_dict"]
     assert (
         differences(
