@@ -19,8 +19,9 @@ def main() -> None:
 
 def embed(config: dict[str, Any]) -> int:
     """Write the features of a validated configuration, and return the exit code."""
-    from sslcli.cli.eval import check_changes, check_network
+    from sslcli.cli.eval import check_changes, check_network, with_run_of_weights
 
+    config = with_run_of_weights(config)
     check_network(config, "give run=DIR, or weights=FILE, and not both")
     if config["images"] is not None and (config.get("dataset") is not None or config["_dataset_changes_"]):
         raise ConfigError("images and dataset are both set: remove one of them")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sslcli.cli.help import show_and_exit
+from sslcli.config.paths import SOURCES_OF_WEIGHTS
 from sslcli.errors import ConfigError, nearest
 
 
@@ -21,6 +22,7 @@ def main() -> None:
 
 def evaluate(config: dict[str, Any]) -> int:
     """Run the evaluation of a validated configuration, and return the exit code."""
+    config = with_run_of_weights(config)
     check_network(config, "give run=DIR, or weights=FILE with backbone=... and dataset=..., and not both")
     check_changes(config)
     from sslcli.runs.evaluate_launch import launch
@@ -28,15 +30,29 @@ def evaluate(config: dict[str, Any]) -> int:
     return launch(config)
 
 
+def with_run_of_weights(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration with `weights=run:DIR` replaced by `run=DIR`."""
+    start, _ = SOURCES_OF_WEIGHTS
+    weights = config["weights"]
+    if config["run"] is not None or weights is None or not weights.startswith(start):
+        return config
+    return config | {"run": weights.removeprefix(start), "weights": None}
+
+
 def check_network(config: dict[str, Any], remedy: str) -> None:
-    """Raise ConfigError unless one of `run` and `weights` is set, and is an existing path.
+    """Raise ConfigError unless one of `run` and `weights` is set, and is an existing path or a model of timm.
 
     `remedy` is the message if both or neither are set.
     """
     if (config["run"] is None) == (config["weights"] is None):
         raise ConfigError(remedy)
-    path = config["run"] or config["weights"]
-    if not os.path.exists(path):
+    _, timm = SOURCES_OF_WEIGHTS
+    path, prefix = config["run"] or config["weights"], config["weights_prefix"]
+    if config["run"] and prefix is not None:
+        raise ConfigError(
+            f"weights_prefix is {prefix!r}, but a run states which network is evaluated: remove weights_prefix"
+        )
+    if not path.startswith(timm) and not os.path.exists(path):
         raise ConfigError(
             f"{'run' if config['run'] else 'weights'} is {path!r}, but there is no such path.{_suggestions(path)}"
         )

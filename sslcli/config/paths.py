@@ -17,11 +17,12 @@ from sslcli.config.signatures import names_in_annotations
 from sslcli.errors import ConfigError
 
 PLAIN = {  # path keys outside of groups
-    "train": ("run_dir",),
+    "train": ("run_dir", "init"),
     "eval": ("run", "weights"),
     "embed": ("run", "weights", "images", "out"),
     "export": ("run", "out"),
 }
+SOURCES_OF_WEIGHTS = ("run:", "timm:")  # starts of weights= and init=: the path of a run, the name of a timm model
 NAMES = {"train": ("name",)}  # keys whose values name directories
 PATH_TYPES = frozenset(["Path", "PurePath", "PosixPath", "PathLike", "Root"])  # types of path parameters
 HUB_NAME = "HubName"  # annotation of a Hugging Face hub name; the value may also be a path that exists
@@ -42,7 +43,7 @@ def absolute_paths(command: str, config: dict[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = map_paths(config, absolute)
     for key in PLAIN[command]:
         if isinstance(changed.get(key), str):
-            changed[key] = absolute(changed[key])
+            changed[key] = absolute_source(changed[key])
         elif isinstance(changed.get(key), list):
             changed[key] = [absolute(path) for path in changed[key]]
     return changed
@@ -208,6 +209,14 @@ def absolute(path: str) -> str:
     short = os.path.normpath(start)
     is_same = not os.path.exists(start) or (os.path.exists(short) and os.path.samefile(start, short))
     return os.path.join(short if is_same else os.path.realpath(start), *parts[end:])
+
+
+def absolute_source(text: str) -> str:
+    """Return `text` with an absolute path. `run:DIR` keeps its start, and `timm:NAME` is not changed."""
+    run, timm = SOURCES_OF_WEIGHTS
+    if text.startswith(timm):
+        return text
+    return run + absolute(text.removeprefix(run)) if text.startswith(run) else absolute(text)
 
 
 def real_path(path: str) -> str:

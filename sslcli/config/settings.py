@@ -344,7 +344,8 @@ class NetworkSettings:
     """Settings with the top-level keys of all commands that compute features. Raises ConfigError for a wrong value."""
 
     run: str | None
-    weights: str | None
+    weights: str | None  # FILE, run:DIR or timm:NAME
+    weights_prefix: str | None = None  # start of the keys of the weights to evaluate; None = search
     checkpoint: str | int  # last, or a step
     feature_layer: str  # layer whose output is evaluated: backbone, projection, bank, head1 ..., or a stage
     device: str

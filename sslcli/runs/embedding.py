@@ -153,6 +153,8 @@ def prepare(
     else:
         subject = subject_of(config, device)
         source = source_of(subject, images)
+    for message in subject.messages:
+        screen.say(message)
     net = subject.net("trained")
     check_images_fit(subject, source, net, device)
     example = torch.zeros(2, source.channels, source.image_size, source.image_size, device=device)

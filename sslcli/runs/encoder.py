@@ -220,8 +220,8 @@ def subject_of(config: NetworkConfig, device: torch.device) -> Subject:
     """Return the network of a run directory or weight file, without images."""
     if config.run is not None:
         return subject_of_run(config, read_run(config), device)
-    file = read_weight_file(config, device)
-    return subject_of_file(config, file, device, image_size=UNKNOWN_SIZE, mean=DEFAULTS["mean"], std=DEFAULTS["std"])
+    weights = read_weight_file(config)
+    return subject_of_file(config, weights, device, image_size=UNKNOWN_SIZE, mean=DEFAULTS["mean"], std=DEFAULTS["std"])
 
 
 def pixel_format_of(subject: Subject) -> PixelFormat:

@@ -225,6 +225,8 @@ def prepare(config: EvalConfig, device: torch.device, screen: Screen) -> Prepare
     subject, source = load_subject(config, device)
     if collectives.is_main():
         check_results_dir(subject.results_dir)
+    for message in subject.messages:
+        screen.say(message)
     report_other_images(config, subject, source, screen)
     check_classes(source)
     node, protocol = build_protocol(config, subject)

@@ -39,7 +39,8 @@ from sslcli.system.stored import read_json, read_or_set_aside
 
 PATH_KEYS = ("run", "weights", "checkpoint")  # paths in the provenance; features do not depend on these paths
 T = TypeVar("T")
-WEIGHT_KEYS = ("checkpoint_sha256", "step")  # keys of the provenance that do not affect an untrained network
+# Keys of the provenance that do not affect an untrained network
+WEIGHT_KEYS = ("checkpoint_sha256", "step", "weights_prefix", "weights_taken", "weights_dropped", "weights_notes")
 
 
 @dataclass

@@ -18,8 +18,8 @@ from sslcli.errors import ConfigError
 from sslcli.methods.base import Method
 from sslcli.runs import directory
 from sslcli.runs.build import build_backbone, build_views, find_class
+from sslcli.runs.checkpoint_of_run import load_checkpoint, provenance_of
 from sslcli.runs.export_check import Images
-from sslcli.runs.subject import load_checkpoint, provenance_of
 from sslcli.weights.export.preprocessing import Preprocessing
 from sslcli.weights.files import is_noise_state, load_strictly
 

@@ -1,59 +1,31 @@
-"""Loading of the network that ssl-eval evaluates (from a run or a weight file), and of the images for evaluation."""
+"""Loading of the network that ssl-eval evaluates, from a run, a weight file or timm, and of the evaluated images."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sslcli.config.added import resumed_dataset, with_added_keys, without_added_keys
 from sslcli.config.channels import with_channels_of
-from sslcli.config.moved import current_config
 from sslcli.config.own_dataset import FINGERPRINT, dataset_of_run, has_same_keys, has_same_paths, missing_path_hint
 from sslcli.config.run_config import NetworkConfig
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
-from sslcli.engine import checkpoint, precision
-from sslcli.engine.checkpoint_check import NOT_OF_THE_NETWORK, check_configuration
+from sslcli.engine import precision
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Method
 from sslcli.runs import directory
 from sslcli.runs.build import accelerate, build_backbone, build_method, build_source, build_views, check_classes
-from sslcli.system.stored import DamagedFile, checked
-from sslcli.weights.files import broken_part, load_strictly, load_weights, wrapped
-
-ATTEMPTS = 20  # a run that saves at every step may delete several checkpoints before this process has opened one
-SECONDS_BETWEEN_ATTEMPTS = 0.02
-NETWORK_GROUPS = ("views", "method", "backbone")  # config groups from which a network and its input are built
-
-
-class ExportOptions(TypedDict, total=False):
-    """Optional keys of a file that ssl-export wrote. The files of older versions lack some of these keys."""
-
-    monitor: dict[str, Any]
-    dataset: dict[str, Any]
-    method: dict[str, Any]
-    image_fingerprint: str | None
-    evaluated_part: str
-
-
-class Export(ExportOptions):
-    """Required keys of a file that ssl-export wrote."""
-
-    state_dict: dict[str, Any]
-    what: str
-    backbone: dict[str, Any]
-    image_size: int
-    mean: list[float]
-    std: list[float]
-    views: dict[str, Any]
-    precision: str
-    provenance: dict[str, Any]
+from sslcli.runs.checkpoint_of_run import load_checkpoint, provenance_of
+from sslcli.runs.weights_source import NETWORK_GROUPS, WeightsSource, open_weights, results_dir_of
+from sslcli.weights.files import load_strictly, wrapped
+from sslcli.weights.published import find_weights
 
 
 @dataclass(frozen=True)
@@ -73,6 +45,7 @@ class Subject:
     image_size: int | None  # image size of pre-training in pixels; None if unknown
     dataset: dict[str, Any]  # settings of the dataset of pre-training; {} if unknown
     evaluated_part: str = Method.evaluated_part  # of an exported backbone; a method has its own attribute
+    messages: Sequence[str] = ()  # about the weights, for the user
 
     def prepare(self, images: Tensor) -> Tensor:
         """Apply the color space and normalization of pre-training to images in [0, 1]."""
@@ -210,154 +183,73 @@ def has_other_images_than_run(
     return bool(source.fingerprint != known)
 
 
-def provenance_of(saved: dict[str, Any], run_dir: Path, loaded: checkpoint.Loaded) -> dict[str, Any]:
-    """Return the entries of the result file that state where the weights in a checkpoint come from.
-
-    Examples are the run directory, the hash of the checkpoint file, and the class of the method.
-
-    `saved` is the configuration of the run, and `loaded` is the checkpoint.
-    """
-    return {
-        "run": str(run_dir.absolute()),
-        "checkpoint": loaded.path.name,
-        "checkpoint_sha256": loaded.digest,
-        "step": loaded.step,
-        "method": saved["method"]["_target_"],
-        "backbone": saved["backbone"]["_target_"],
-        "pretrained_on": type_name(saved["dataset"]),
-        "pretraining_seed": saved["seed"],
-    }
-
-
-def load_checkpoint(run_dir: Path, which: str | int, saved: dict[str, Any]) -> checkpoint.Loaded:
-    """Load the weights of the checkpoint `which`, see `find_checkpoint`. `saved` is the configuration of the run.
-
-    A run that is still training may delete the checkpoint while this function opens it. In this case, the search for
-    the checkpoint `which` is repeated. Raises ConfigError if the checkpoint does not exist, is invalid, or belongs to a
-    run with another configuration.
-    """
-    for left in reversed(range(ATTEMPTS)):
-        path = None
-        try:
-            path = find_checkpoint(run_dir, which)
-            loaded = checkpoint.load_weights_of(path)
-        except ConfigError:
-            is_replaced = directory.is_locked(run_dir) if path is None else not path.exists()
-            if not left or not is_replaced:
-                raise
-            time.sleep(SECONDS_BETWEEN_ATTEMPTS)
-            continue
-        check_configuration(path, loaded.config, saved, may_differ=NOT_OF_THE_NETWORK)
-        return loaded
-    raise AssertionError("the last attempt returns or raises")
-
-
-def find_checkpoint(run_dir: Path, which: str | int) -> Path:
-    """Return the checkpoint of step `which`, or the newest checkpoint if `which` is "last".
-
-    Raises ConfigError if the checkpoint does not exist. The message lists the existing steps.
-    """
-    paths = checkpoint.all_of(run_dir)
-    found = [path for path in paths if which in ("last", checkpoint.step_of(path))]
-    if not found:
-        kept = ", ".join(str(checkpoint.step_of(path)) for path in paths) or "none"
-        raise ConfigError(f"checkpoint is {which!r}, but {run_dir} has checkpoints of the steps: {kept}")
-    return found[-1]
-
-
-def type_name(node: dict[str, Any]) -> str:
-    """Return the name of a dataset without building the dataset. `node` contains the settings of the dataset.
-
-    The name is the setting `name` if `node` has this setting, else the name of the class in lower case.
-    """
-    return str(node.get("name") or node["_target_"].rpartition(".")[2].lower())
-
-
-def check_export(path: Path, content: dict[str, Any]) -> None:
-    """Raise DamagedFile if a file of ssl-export has a wrong checksum, lacks a key, or has a value of the wrong type.
-
-    `content` is the content of the file `path`.
-    """
-    remedy = "export it again with ssl-export"
-    broken = broken_part(path)
-    if broken:
-        raise DamagedFile(path, f"the checksum of {broken} is wrong", remedy)
-    checked(content, Export, path, remedy=remedy)
-
-
 def _load_weight_file(config: NetworkConfig, device: torch.device) -> tuple[Subject, Source]:
-    """Return the network of a weight file, and the images to evaluate it on.
+    """Return the network of a weight file or of timm, and the images to evaluate it on.
 
     The images are those of the setting `dataset`. If ssl-export wrote the file, the settings of the network's run are
     read from the file.
     """
-    file = read_weight_file(config, device)
+    weights = read_weight_file(config)
     if not config.dataset:
         raise ConfigError("weights=FILE requires dataset=...: choose the images to evaluate on")
-    exported = file.exported
+    exported = weights.exported
     node = with_channels_of(config.dataset, len(exported["mean"])) if exported else config.dataset
     if exported.get("dataset") is not None:
         node = as_in_pretraining(node, exported["dataset"], config.set_keys)
     source = build_source(node, trust=config.trust)
-    subject = subject_of_file(config, file, device, image_size=source.image_size, mean=source.mean, std=source.std)
+    subject = subject_of_file(config, weights, device, image_size=source.image_size, mean=source.mean, std=source.std)
     return replace(subject, has_other_images=_has_other_images_than_export(source, node, exported)), source
 
 
-@dataclass(frozen=True)
-class WeightFile:
-    """Content of a weight file: its state dict, and the settings that ssl-export stored in it, else {}."""
+def read_weight_file(config: NetworkConfig) -> WeightsSource:
+    """Return the weights that `config.weights` names, see `open_weights`.
 
-    path: Path
-    state: dict[str, Any]
-    exported: dict[str, Any]
-
-
-def read_weight_file(config: NetworkConfig, device: torch.device) -> WeightFile:
-    """Return the content of the file `config.weights`, with its tensors on `device`.
-
-    Raises ConfigError if neither the file nor `config` names the backbone.
+    Raises ConfigError if neither their source nor `config` names the backbone.
     """
-    path = Path(str(config.weights))
-    found = load_weights(path, device=device)
-    if not found.keys() >= Export.__required_keys__:  # other weight files lack some of these keys
-        if not config.backbone:
-            raise ConfigError("weights=FILE requires backbone=..., unless the file was written by ssl-export")
-        return WeightFile(path, found, {})
-    check_export(path, found)
-    return WeightFile(path, found["state_dict"], current_config(found)[0])
+    weights = open_weights(str(config.weights), trust=config.trust)
+    if not (config.backbone or weights.backbone):
+        raise ConfigError("weights=FILE requires backbone=..., unless the file was written by ssl-export")
+    return weights
 
 
 def subject_of_file(
     config: NetworkConfig,
-    file: WeightFile,
+    weights: WeightsSource,
     device: torch.device,
     *,
     image_size: int,
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Subject:
-    """Return the network of a weight file, for images that need not be those of pre-training.
+    """Return the network of a weight file or of timm, for images that need not be those of pre-training.
 
-    If ssl-export did not write the file, `image_size`, in pixels, and `mean` and `std`, one value per channel, describe
-    its images. Otherwise, they are read from the file.
+    If the source does not state them, `image_size`, in pixels, and `mean` and `std`, one value per channel, describe
+    its images. Values of `mean` and `std` on the command line precede those of timm.
     """
-    exported, path, trust = file.exported, file.path, config.trust
-    build_net, facts = _network_builder(config, exported, device)
-
-    def build_untrained() -> nn.Module:
-        return build_net(image_size)
+    exported, trust = weights.exported, config.trust
+    build_net, facts = _network_builder(config, weights, device)
+    build_untrained = partial(build_net, image_size, len(mean))
+    state, messages, found = _state(config, weights, build_untrained)
 
     def build_trained() -> nn.Module:
         net = build_untrained()
-        load_strictly(net, wrapped(net, file.state), str(path))
+        load_strictly(net, wrapped(net, state), weights.where)
         return net
 
-    provenance = {"weights": str(path.absolute()), "checkpoint_sha256": checkpoint.sha256(path), **facts}
+    provenance = {**weights.provenance, **found, **facts}
     if exported:
         provenance["exported_from"] = exported["provenance"]
     views = build_views(exported["views"], trust=trust) if exported else Views([{"crop_scale": None}])
     # Exports of older versions contain the mean and std of the dataset, even if images were not normalized.
-    mean, std = views.statistics(mean=exported.get("mean", mean), std=exported.get("std", std))
+    chosen = () if exported else config.set_keys
+    mean = mean if weights.mean is None or "dataset.mean" in chosen else weights.mean
+    std = std if weights.std is None or "dataset.std" in chosen else weights.std
+    mean, std = views.statistics(mean=mean, std=std)
+    if not exported:
+        messages.append(
+            f"images are normalized with mean {list(mean)} and std {list(std)}: if the weights were trained with other "
+            "values, set dataset.mean and dataset.std"
+        )
     requested = exported["precision"] if exported and config.precision == "auto" else config.precision
     return Subject(
         build_trained=build_trained,
@@ -367,13 +259,33 @@ def subject_of_file(
         std=std,
         precision=precision.resolve(requested, device),
         provenance=provenance,
-        results_dir=path.with_name(path.name + ".eval"),
+        results_dir=results_dir_of(str(config.weights)),
         monitor=exported.get("monitor", {}),
         has_other_images=True,
         image_size=exported.get("image_size"),
         dataset=exported.get("dataset") or {},
         evaluated_part=exported.get("evaluated_part", Method.evaluated_part),
+        messages=messages,
     )
+
+
+def _state(
+    config: NetworkConfig, weights: WeightsSource, build_untrained: Callable[[], nn.Module]
+) -> tuple[dict[str, Any], list[str], dict[str, Any]]:
+    """Return the state dict of the network, messages about it, and its provenance.
+
+    A file of ssl-export must contain exactly the weights of the network. In other weights, they are searched.
+    """
+    prefix = config.weights_prefix
+    if weights.exported:
+        if prefix is not None:
+            raise ConfigError(
+                f"weights_prefix is {prefix!r}, but ssl-export wrote {weights.where}, which contains a single network: "
+                "remove weights_prefix"
+            )
+        return weights.content, [], {}
+    found = find_weights(weights.content, build_untrained(), prefix=prefix, where=weights.where)
+    return found.state, [found.summary(weights.where)], found.provenance()
 
 
 def _has_other_images_than_export(source: Source, node: dict[str, Any], exported: dict[str, Any]) -> bool:
@@ -392,33 +304,33 @@ def _has_other_images_than_export(source: Source, node: dict[str, Any], exported
 
 
 def _network_builder(
-    config: NetworkConfig, exported: dict[str, Any], device: torch.device
-) -> tuple[Callable[[int], nn.Module], dict[str, Any]]:
+    config: NetworkConfig, weights: WeightsSource, device: torch.device
+) -> tuple[Callable[[int, int], nn.Module], dict[str, Any]]:
     """Return two values: a function that builds the untrained network, and the provenance of the network.
 
-    The argument of the function is an image size in pixels. If `exported` contains an image size, the function uses
-    that size instead of its argument.
-
-    `exported` is the content of a file that ssl-export wrote, or {} for another weight file.
+    The arguments of the function are an image size in pixels and the number of channels. If ssl-export wrote the
+    weights, the function uses the values of pre-training instead.
     """
-    trust, chosen = config.trust, config.backbone
+    trust, exported = config.trust, weights.exported
     if exported.get("what", "backbone") == "method":
         _check_whole_method(config, exported)
 
-        def method(_: int) -> nn.Module:
+        def method(_size: int, _channels: int) -> nn.Module:
             known = {"image_size": exported["image_size"], "num_images": exported["num_images"]}
             nodes = exported["method"], exported["backbone"]
             return build_method(*nodes, **known, seed=exported["seed"], trust=trust).to(device)
 
         facts = {name: exported[name]["_target_"] for name in ("method", "backbone")}
         return method, facts | {"pretraining_seed": exported["seed"]}
-    node = chosen or exported["backbone"]
+    node = config.backbone or weights.backbone or {}
     seed = exported.get("seed", 0)
+    is_complete = bool(exported or config.backbone)  # timm states only a name
 
-    def backbone(image_size: int) -> nn.Module:
+    def backbone(image_size: int, channels: int) -> nn.Module:
         torch.manual_seed(seed)
         size = exported.get("image_size", image_size)
-        return accelerate(build_backbone(node, image_size=size, trust=trust).to(device))
+        complete = node if is_complete else node | {"image_size": size, "in_channels": channels}
+        return accelerate(build_backbone(complete, image_size=size, trust=trust).to(device))
 
     return backbone, {"backbone": node["_target_"], **({"pretraining_seed": seed} if "seed" in exported else {})}
 

@@ -1,0 +1,174 @@
+"""Sources of weights that a command line can name: a weight file, a run, or pretrained weights of timm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+from torch import nn
+
+from sslcli.config.moved import current_config
+from sslcli.config.paths import SOURCES_OF_WEIGHTS
+from sslcli.engine import checkpoint
+from sslcli.methods.base import Method
+from sslcli.runs import directory
+from sslcli.runs.build import build_views, check_classes, find_class
+from sslcli.runs.checkpoint_of_run import load_checkpoint, provenance_of
+from sslcli.system.stored import DamagedFile, checked
+from sslcli.weights.files import broken_part
+from sslcli.weights.published import Found, find_weights
+from sslcli.weights.published_files import read_published
+from sslcli.weights.timm_weights import timm_weights
+
+RUN, TIMM = SOURCES_OF_WEIGHTS
+NETWORK_GROUPS = ("views", "method", "backbone")  # config groups from which a network and its input are built
+
+
+class ExportOptions(TypedDict, total=False):
+    """Optional keys of a file that ssl-export wrote. The files of older versions lack some of these keys."""
+
+    monitor: dict[str, Any]
+    dataset: dict[str, Any]
+    method: dict[str, Any]
+    image_fingerprint: str | None
+    evaluated_part: str
+
+
+class Export(ExportOptions):
+    """Required keys of a file that ssl-export wrote."""
+
+    state_dict: dict[str, Any]
+    what: str
+    backbone: dict[str, Any]
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    views: dict[str, Any]
+    precision: str
+    provenance: dict[str, Any]
+
+
+def check_export(path: Path, content: dict[str, Any]) -> None:
+    """Raise DamagedFile if a file of ssl-export has a wrong checksum, lacks a key, or has a value of the wrong type.
+
+    `content` is the content of the file `path`.
+    """
+    remedy = "export it again with ssl-export"
+    broken = broken_part(path)
+    if broken:
+        raise DamagedFile(path, f"the checksum of {broken} is wrong", remedy)
+    checked(content, Export, path, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class WeightsSource:
+    """Weights as they are stored, and what their source states about them.
+
+    Attributes:
+        where: name of the source, for messages.
+        content: tensors in nested dictionaries.
+        prefix: prefix of the network to evaluate, if the source states it. None means that it must be searched.
+        provenance: entries for a result file, as JSON values.
+        backbone: settings of the backbone, if the source states them. `image_size` is then that of pre-training.
+        mean, std: normalization of the images, per channel, if the source states it.
+        exported: content of a file of ssl-export with current names, else {}.
+    """
+
+    where: str
+    content: dict[str, Any]
+    prefix: str | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    backbone: dict[str, Any] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
+    exported: dict[str, Any] = field(default_factory=dict)
+
+
+def weights_for(spec: str, net: nn.Module, *, prefix: str | None, trust: list[str], key: str) -> Found:
+    """Find the weights of the backbone `net` in a source, see `open_weights` and `find_weights`.
+
+    `prefix` is the prefix that the user chose with the setting `key`. None selects the network that the source states
+    or that the search prefers.
+    """
+    source = open_weights(spec, trust=trust)
+    chosen = source.prefix if prefix is None else prefix
+    return find_weights(source.content, net, prefix=chosen, where=source.where, key=key)
+
+
+def open_weights(spec: str, *, trust: list[str]) -> WeightsSource:
+    """Read weights from a source, to the CPU.
+
+    `spec` is one of:
+        FILE: a file of ssl-export, torch.save or safetensors.
+        run:DIR: the newest checkpoint of a run directory.
+        timm:NAME: pretrained weights of a timm model, from timm's cache or the network.
+
+    `trust` is described in `find_class`. Raises ConfigError if the source cannot be read.
+    """
+    if spec.startswith(RUN):
+        return _run_source(Path(spec.removeprefix(RUN)), trust)
+    if spec.startswith(TIMM):
+        return _timm_source(spec.removeprefix(TIMM))
+    return _file_source(Path(spec))
+
+
+def results_dir_of(weights: str) -> Path:
+    """Return the folder of the results of `weights`: FILE.eval beside a file, timm_NAME.eval for a timm model NAME."""
+    name = weights.removeprefix(TIMM)
+    path = Path(weights) if name == weights else Path("timm_" + re.sub(r"[^\w.-]", "_", name))
+    return path.with_name(f"{path.name}.eval")
+
+
+def _file_source(path: Path) -> WeightsSource:
+    content = read_published(path)
+    provenance = {"weights": str(path.absolute()), "checkpoint_sha256": checkpoint.sha256(path)}
+    if not content.keys() >= Export.__required_keys__:  # other weight files lack some of these keys
+        return WeightsSource(str(path), content, provenance=provenance)
+    check_export(path, content)
+    exported = current_config(content)[0]
+    part = exported.get("evaluated_part", Method.evaluated_part) if exported["what"] == "method" else ""
+    return WeightsSource(
+        str(path),
+        exported["state_dict"],
+        prefix=part,
+        provenance=provenance,
+        backbone=exported["backbone"],
+        mean=exported["mean"],
+        std=exported["std"],
+        exported=exported,
+    )
+
+
+def _run_source(run_dir: Path, trust: list[str]) -> WeightsSource:
+    saved = directory.read_trained_config(run_dir)
+    check_classes({group: saved.get(group) for group in NETWORK_GROUPS}, trust=trust)
+    directory.check_input(run_dir, saved)
+    loaded = load_checkpoint(run_dir, "last", saved)
+    method = find_class(saved["method"]["_target_"], base=Method, trust=trust, where="method._target_")
+    views = build_views(saved["views"], trust=trust)
+    mean, std = views.statistics(mean=saved["dataset"]["mean"], std=saved["dataset"]["std"])
+    return WeightsSource(
+        f"{RUN}{run_dir} (step {loaded.step})",
+        loaded.weights,
+        prefix=method.evaluated_part,
+        provenance=provenance_of(saved, run_dir, loaded),
+        backbone=saved["backbone"],
+        mean=mean,
+        std=std,
+    )
+
+
+def _timm_source(name: str) -> WeightsSource:
+    found = timm_weights(name)
+    node = {"_target_": "sslcli.backbones.timm.Timm", "name": name, "pretrained": False}
+    return WeightsSource(
+        f"{TIMM}{name}",
+        found.state,
+        provenance={"weights": f"{TIMM}{name}", "timm": found.version, "checkpoint_sha256": found.digest},
+        backbone=node,
+        mean=found.mean,
+        std=found.std,
+    )

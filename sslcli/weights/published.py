@@ -1,0 +1,183 @@
+"""Search for the weights of a backbone in a published checkpoint. Every key is taken, dropped or refused."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslcli.errors import ConfigError
+from sslcli.weights.files import is_noise_state, with_noise_states
+from sslcli.weights.fitting import Place, names_of, places
+from sslcli.weights.key_layouts import LAYOUTS, Flat, flattened
+from sslcli.weights.nearest import nearest_backbone
+from sslcli.weights.prefixes import groups, matches, rank
+
+WIDTH_OF_MOCO_V3_SMALL = 384  # its ViT-S has 12 heads, that of DeiT and of timm 6; the shapes of the weights are equal
+
+
+@dataclass(frozen=True)
+class Found:
+    """The weights of a backbone in a checkpoint, and what became of the other tensors.
+
+    Attributes:
+        state: state dict with the names of the backbone, in the dtypes of the backbone. It loads strictly.
+        prefix: start of the keys of the backbone in the checkpoint, such as `state_dict.module.encoder_q.`, or "".
+        taken: number of tensors that were taken from the checkpoint.
+        dropped: number of tensors of each group beside the backbone, such as `fc.*`.
+        others: further prefixes whose weights would fit the backbone.
+        notes: what was changed, and what the shapes cannot show, for the user.
+    """
+
+    state: dict[str, Any]
+    prefix: str
+    taken: int
+    dropped: dict[str, int]
+    others: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def summary(self, where: str) -> str:
+        """Return one line that states what was taken from `where` and what was dropped."""
+        prefix = f" with the prefix {self.prefix}" if self.prefix else ""
+        dropped = ", ".join(f"{group} ({number})" for group, number in self.dropped.items())
+        others = f"; would fit too: {', '.join(self.others)}" if self.others else ""
+        notes = "".join(f"; {note}" for note in self.notes)
+        return f"{where}: {self.taken} tensors taken{prefix}; dropped: {dropped or 'none'}{others}{notes}"
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the facts of the summary as JSON values, for a result file."""
+        return {
+            "weights_prefix": self.prefix,
+            "weights_taken": self.taken,
+            "weights_dropped": self.dropped,
+            "weights_notes": list(self.notes),
+        }
+
+
+def find_weights(
+    content: Mapping[str, Any], net: nn.Module, *, prefix: str | None, where: str, key: str = "weights_prefix"
+) -> Found:
+    """Find the weights of the backbone `net` in a checkpoint. `net` is not changed.
+
+    The checkpoint may have nested dictionaries, prefixes, heads, optimizer states and several networks. The network
+    that the paper of its method evaluates is preferred, see `prefixes.RANKS`. float16 and bfloat16 are converted.
+
+    Args:
+        content: tensors in nested dictionaries, as read from a file.
+        net: the backbone.
+        prefix: the prefix of the weights to take. Names of outer dictionaries may be omitted. None chooses it.
+        where: name of the source, for messages.
+        key: name of the user's setting for `prefix`, for messages.
+
+    Raises ConfigError if no weights or several equally good ones fit all of the backbone.
+    """
+    flat = flattened(content)
+    if not flat:
+        raise ConfigError(f"{where} contains no tensors")
+    own = names_of(net)
+    best: tuple[Place, Flat] | None = None
+    for layout in LAYOUTS:
+        renamed = layout(flat)
+        if renamed is None:
+            continue
+        every = [place for place in places(renamed, own) if _is_meant(place.prefix, prefix, net)]
+        fitting = [place for place in every if place.fits]
+        if fitting:
+            return _found(_chosen(fitting, where, key), fitting, renamed, len(flat), net)
+        partial = max(every, key=lambda place: (len(place.state), -rank(place.prefix)), default=None)
+        if partial is not None and (best is None or len(partial.state) > len(best[0].state)):
+            best = partial, renamed
+    raise _refusal(best[0] if best else None, flat, own, prefix, where, key)
+
+
+def _is_meant(found: str, wanted: str | None, net: nn.Module) -> bool:
+    """Return True if the prefix `wanted` of the user, or of a run, means the prefix `found`."""
+    if wanted is None:
+        return True
+    name = getattr(net, "wrapped_name", "")
+    return matches(found, wanted) or (bool(name) and matches(found, f"{wanted.rstrip('.')}.{name}".lstrip(".")))
+
+
+def _chosen(fitting: list[Place], where: str, key: str) -> Place:
+    """Return the place of the lowest rank. Raises ConfigError if another one has the same rank and other values."""
+    fitting.sort(key=lambda place: rank(place.prefix))
+    first = fitting[0]
+    equal = [place for place in fitting if rank(place.prefix) == rank(first.prefix)]
+    different = [
+        place
+        for place in equal[1:]
+        if any(not torch.equal(first.state[name], place.state[name]) for name in first.state)
+    ]
+    if different:
+        names = [repr(place.prefix) for place in (first, *different)]
+        raise ConfigError(
+            f"{where} contains several networks that fit the backbone, and none of them is preferred: set {key} to one "
+            f"of {', '.join(names)}"
+        )
+    return first
+
+
+def _found(place: Place, fitting: list[Place], flat: Flat, number: int, net: nn.Module) -> Found:
+    """Return the weights at `place` in the flattened checkpoint `flat`, which has `number` tensors as stored."""
+    wrapped = dict(zip(names_of(net), (n for n in net.state_dict() if not is_noise_state(n)), strict=True))
+    own, notes = net.state_dict(), list(place.notes)
+    state: dict[str, Any] = {}
+    dtypes: Counter[str] = Counter()
+    for name, value in place.state.items():
+        wanted = own[wrapped[name]].dtype
+        if value.dtype != wanted and value.is_floating_point():
+            dtypes[str(value.dtype).removeprefix("torch.")] += 1
+        state[wrapped[name]] = value.to(wanted)
+    notes += [f"converted from {dtype}" for dtype in dtypes]
+    broken = [name for name, value in state.items() if isinstance(value, Tensor) and not value.isfinite().all()]
+    notes += [f"{len(broken)} tensors are not finite, such as {broken[0]}"] if broken else []
+    notes += _doubts(place, state)
+    dropped = groups(
+        (key for key in flat if key.removeprefix(place.prefix) not in place.state or not key.startswith(place.prefix)),
+        place.prefix,
+    )
+    others = tuple(other.prefix for other in fitting if other is not place)
+    state = with_noise_states(state, own)
+    return Found(state, place.prefix, number - sum(dropped.values()), dropped, others, tuple(notes))
+
+
+def _doubts(place: Place, state: dict[str, Any]) -> list[str]:
+    """Return notes about differences between published networks that the shapes of their weights do not show."""
+    token = state.get("cls_token")
+    if "base_encoder" in place.prefix and token is not None and token.shape[-1] == WIDTH_OF_MOCO_V3_SMALL:
+        return ["MoCo v3's own ViT-S has 12 heads, which needs backbone.num_heads=12"]
+    return []
+
+
+def _refusal(
+    best: Place | None, flat: Flat, own: dict[str, Any], prefix: str | None, where: str, key: str
+) -> ConfigError:
+    """Return the error of a checkpoint that does not fit. `best` is the place with the most tensors that fit."""
+    suggestions = (nearest_backbone(renamed) for layout in LAYOUTS if (renamed := layout(flat)) is not None)
+    hint = next((sentence for sentence in suggestions if sentence), None)
+    if best is None:
+        if prefix is not None:
+            known = [place.prefix for layout in LAYOUTS for place in places(layout(flat) or {}, own) if place.fits]
+            offer = (
+                f"these fit: {', '.join(map(repr, sorted(set(known), key=rank)))}"
+                if known
+                else "no other prefix fits either"
+            )
+            return ConfigError(f"{key} is {prefix!r}, but {where} has no weights of the backbone there; {offer}")
+        starts = ", ".join(list(flat)[:3])
+        return ConfigError(
+            f"{where} does not fit this net: it has no key of the backbone, and its keys are {starts}, ... "
+            f"{f'Perhaps {hint}' if hint else 'docs/weights.md lists the layouts of keys that are read'}"
+        )
+    here = f"with the prefix {best.prefix!r}, " if best.prefix else ""
+    return ConfigError(
+        f"{where} does not fit this net, and a net with other weights would be measured in its place: {here}"
+        f"{len(best.missing)} keys are missing ({', '.join(best.missing[:3]) or '-'}), "
+        f"{len(best.unknown)} are unknown ({', '.join(best.unknown[:3]) or '-'}), "
+        f"{len(best.shapes)} differ in shape ({'; '.join(best.shapes[:3]) or '-'}). "
+        f"{hint[0].upper() + hint[1:] if hint else 'Give the backbone it belongs to'}"
+    )

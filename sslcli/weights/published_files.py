@@ -1,0 +1,106 @@
+"""Reading of weight files that other programs wrote: torch.save in both of its formats, and safetensors."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sslcli.errors import ConfigError
+from sslcli.system.regular_files import open_regular
+from sslcli.weights.files import read_weights
+from sslcli.weights.safetensors import is_safetensors, read_safetensors
+
+# Classes of settings and counters in published checkpoints, such as those of `args` in the files of MAE and DINO
+SETTINGS_CLASSES = (
+    "argparse.Namespace",
+    "builtins.dict",
+    "builtins.int",
+    "builtins.list",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.dtypes.{kind}DType" for kind in ("Float16", "Float32", "Float64", "Int32", "Int64", "Bool")),
+    "omegaconf.base.ContainerMetadata",
+    "omegaconf.base.Metadata",
+    "omegaconf.dictconfig.DictConfig",
+    "omegaconf.listconfig.ListConfig",
+    *(f"omegaconf.nodes.{kind}Node" for kind in ("Any", "Boolean", "Float", "Integer", "String")),
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "pathlib.Path",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",
+    "types.SimpleNamespace",
+    "typing.Any",
+)
+SETTINGS_MAPPINGS = (
+    "collections.defaultdict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+)
+
+
+class Ignored:
+    """Placeholder of an object whose class is in `SETTINGS_CLASSES`. It accepts any state and keeps none of it."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __new__(cls, *_: Any) -> Ignored:
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class IgnoredMapping:
+    """Placeholder of a mapping whose class is in `SETTINGS_MAPPINGS`, which torch.load fills with its items."""
+
+    def __new__(cls, *_: Any) -> dict[Any, Any]:  # type: ignore[misc]
+        return {}
+
+
+def read_published(path: Path) -> dict[str, Any]:
+    """Return the content of a weight file on the CPU, without executing code from the file.
+
+    The file may have been written by torch.save or safetensors. Objects that only describe the training, such as an
+    argparse.Namespace, are replaced by empty placeholders; no class of the file is imported. Raises ConfigError if the
+    file cannot be read, contains other objects, or contains no tensors.
+    """
+    try:
+        with open_regular(path) as file:
+            if is_safetensors(file):
+                return dict(read_safetensors(file))
+            allowed: list[Any] = [(Ignored, name) for name in SETTINGS_CLASSES]
+            allowed += [(IgnoredMapping, name) for name in SETTINGS_MAPPINGS]
+            with torch.serialization.safe_globals(allowed):
+                content = read_weights(file, path, device=torch.device("cpu"))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        cause = error.__cause__
+        if isinstance(cause, pickle.UnpicklingError) and "nsupported" in str(cause):
+            raise ConfigError(f"{error}: {_remedy(path, str(cause))}") from error
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is a damaged safetensors file: {error}") from error
+    if not any(isinstance(value, (Tensor, Mapping)) for value in content.values()):
+        raise ConfigError(f"{path} contains no tensors, but a dictionary of tensors is needed")
+    return content
+
+
+def _remedy(path: Path, reason: str) -> str:
+    """Return what to do about a file that contains an object of a class that is not allowed, with the class."""
+    _, _, rest = reason.partition("GLOBAL ")
+    name = rest.split()[0].rstrip(".") if rest else "such an object"
+    return (
+        f'it contains {name}. If you trust its author, keep only the weights: python -c "import torch; '
+        f"torch.save(torch.load('{path.name}', weights_only=False, map_location='cpu')['state_dict'], 'weights.pt')\" "
+        "(with the key under which the file keeps its weights)"
+    )

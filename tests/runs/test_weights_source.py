@@ -1,0 +1,37 @@
+"""Sources of weights: a file, an export, a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from command_line import Cli
+from sslcli.backbones.small import Small
+from sslcli.errors import ConfigError
+from sslcli.runs.weights_source import open_weights, weights_for
+
+
+def test_a_run_and_its_exports_give_the_same_weights(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    for what in ("backbone", "method"):
+        assert cli("ssl-export", f"run={trained}", f"what={what}", f"out={tmp_path / what}.pt").code == 0
+    state = torch.load(trained / "checkpoints/last", weights_only=True)["method"]
+    net = Small(image_size=32)
+    for spec in (f"run:{trained}", f"{tmp_path}/backbone.pt", f"{tmp_path}/method.pt"):
+        source = open_weights(spec, trust=[])
+        assert (list(source.mean or ()), len(source.std or ())) == ([0.0, 0.0, 0.0], 3)  # SimCLR does not normalize
+        found = weights_for(spec, net, prefix=None, trust=[], key="init_prefix")
+        net.load_state_dict(found.state)
+        assert torch.equal(found.state["block1.0.weight"], state["backbone.block1.0.weight"])
+    with pytest.raises(ConfigError, match=r"init_prefix is 'head', but .*these fit: ''"):
+        weights_for(f"{tmp_path}/backbone.pt", net, prefix="head", trust=[], key="init_prefix")
+
+
+def test_a_plain_file_states_nothing_about_its_network(tmp_path: Path) -> None:
+    torch.save(Small(image_size=32).state_dict(), tmp_path / "a.pt")
+    source = open_weights(str(tmp_path / "a.pt"), trust=[])
+    assert (source.prefix, source.backbone, source.mean, source.exported) == (None, None, None, {})
+    assert source.provenance["weights"] == str(tmp_path / "a.pt")
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        open_weights(f"run:{tmp_path}", trust=[])
