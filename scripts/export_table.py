@@ -10,7 +10,7 @@ import argparse
 import re
 import tempfile
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,7 @@ def described(net: nn.Module, build: Any, channels: int, image_size: int) -> Tra
     return Trained(net=net.eval(), build=build, settings={}, preprocessing=given, facts={})
 
 
+@cache
 def table() -> str:
     """Return the table in Markdown, and the reasons of its refusals."""
     lines = [f"| backbone | {' | '.join(f'`{name}`' for name in FORMATS)} |\n", f"|---{'|---' * len(FORMATS)}|\n"]

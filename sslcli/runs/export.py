@@ -13,12 +13,12 @@ from sslcli.errors import EXIT_FAILED, ConfigError, TrainingFailed, is_disk_fail
 from sslcli.report.console import Screen
 from sslcli.runs.export_check import Images, comparison_images, features_of, result_of
 from sslcli.runs.export_folder import CARD, PREPROCESSING, check_folder, check_packages, check_target, write_folder
-from sslcli.runs.export_torch import USAGE, not_finite, write_file
+from sslcli.runs.export_torch import USAGE, write_file
 from sslcli.runs.exported_run import ExportedRun
 from sslcli.runs.model_card import accuracies, model_card, sentence
 from sslcli.system import atomic
 from sslcli.weights.export.formats import TARGETS
-from sslcli.weights.export.target import Target, Trained, json_text
+from sslcli.weights.export.target import Target, Trained, json_text, not_finite
 
 
 def run(config: ExportSettings) -> int:
@@ -96,12 +96,9 @@ def export_file(run: ExportedRun, what: str, out: Path, screen: Screen) -> None:
     rows = {"what": what, "evaluated part": run.method.evaluated_part}
     compared = "not compared" if difference is None else difference
     show(screen, out, run, weights, out.stat().st_size, {**rows, "difference of features": compared})
-    broken = not_finite(weights)
-    if broken:
-        screen.warn(
-            f"{len(broken)} of {len(weights)} tensors are not finite, {broken[0]} among them: the run diverged; "
-            "export an earlier checkpoint with checkpoint=STEP"
-        )
+    diverged = not_finite(weights)
+    if diverged:
+        screen.warn(diverged)
     screen.say(f"to evaluate it: ssl-eval weights={out} dataset=... dataset.image_size={run.image_size}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class Images:
 def comparison_images(saved: dict[str, Any], *, trust: list[str]) -> Images:
     """Return images of the dataset of a run, or noise if the dataset cannot be read. Nothing is downloaded.
 
-    `saved` is the configuration of the run. The images come from the first split of val, train and test that has some.
+    `saved` is the configuration of the run. The images come from the splits val, train and test, in this order.
     """
     size, channels = saved["dataset"]["image_size"], len(saved["dataset"]["mean"])
     try:
@@ -46,8 +47,11 @@ def comparison_images(saved: dict[str, Any], *, trust: list[str]) -> Images:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about files that are unreadable or in two splits
             source = build_source(node, trust=trust)
-        splits = source.nonempty_splits()
-        positions = next(splits[name] for name in ("val", "train", "test") if name in splits)[:NUM_IMAGES]
+        splits = [
+            source.splits[name][: 2 * NUM_IMAGES].tolist() for name in ("val", "train", "test") if name in source.splits
+        ]
+        first = dict.fromkeys(itertools.chain(*splits))  # each image once
+        positions = torch.tensor(list(first)[:NUM_IMAGES])
         images, is_readable = next(iter(plain_batches(source, positions, batch_size=NUM_IMAGES, workers=0)))
         if not is_readable.any():
             raise ConfigError(f"the first {len(positions)} images cannot be read")

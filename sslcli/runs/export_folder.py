@@ -15,7 +15,7 @@ from sslcli.runs.export_check import Images, check_difference, difference, featu
 from sslcli.runs.model_card import versions
 from sslcli.system import atomic
 from sslcli.weights.export.formats import TARGETS
-from sslcli.weights.export.target import Target, Trained, check_finite, json_text
+from sslcli.weights.export.target import Target, Trained, json_text, not_finite
 
 CARD, PREPROCESSING = "README.md", "preprocessing.json"
 MAX_REASON = 400  # characters of an error of another library
@@ -36,7 +36,9 @@ def check_target(target: Target, trained: Trained) -> None:
         raise ConfigError(
             f"format is {target.name!r}, but {obstacle}. Possible formats: {', '.join(['torch', *others])}"
         )
-    check_finite(trained)
+    diverged = not_finite(trained.state)
+    if diverged:
+        raise ConfigError(f"format is {target.name!r}, but {diverged}")
 
 
 def check_packages(target: Target) -> None:
@@ -75,8 +77,8 @@ def write_folder(
     """Write the export to the folder `out`, after the tool has loaded it and computed the same features.
 
     `images` are the images of the comparison, and `expected` (N, D) their features, computed by the run's network.
-    `card` is a function that returns the text of the model card. Its argument is the relative difference of
-    the features, which is also returned. Raises ConfigError if it is too large. In this case, nothing is written.
+    `card` is a function that returns the text of the model card. Its argument is the relative difference of the
+    features, which is also returned. Raises ConfigError if it is too large. In this case, nothing is written.
     """
     preprocessing = trained.preprocessing.to_plain(is_normalized_by_model=target.normalizes)
     out.parent.mkdir(parents=True, exist_ok=True)

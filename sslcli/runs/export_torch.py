@@ -34,6 +34,7 @@ from sslcli.runs.build import build_backbone, build_method
 from sslcli.runs.export_check import Images, check_difference, difference, features_of
 from sslcli.runs.exported_run import ExportedRun
 from sslcli.system import atomic
+from sslcli.weights.export.target import not_finite
 from sslcli.weights.files import load_strictly, load_weights, unwrapped, wrapped
 
 USAGE = """\
@@ -65,7 +66,7 @@ def write_file(run: ExportedRun, what: str, out: Path, images: Images) -> tuple[
     def fill(temporary: Path) -> None:
         with temporary.open("wb") as file:  # torch.save(path) would raise errors without an error number
             torch.save(content, file)
-        if not not_finite(weights):
+        if not_finite(weights) is None:
             prepared = run.prepare(images.images)
             again = build_from(load_weights(temporary, device=torch.device("cpu")), temporary, trust=run.trust)
             expected = features_of(encoder(net), prepared)
@@ -75,11 +76,6 @@ def write_file(run: ExportedRun, what: str, out: Path, images: Images) -> tuple[
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic.write(out, fill)
     return weights, found[0] if found else None
-
-
-def not_finite(weights: dict[str, Any]) -> list[str]:
-    """Return the names of tensors that contain NaN or infinite values."""
-    return [name for name, value in weights.items() if isinstance(value, Tensor) and not value.isfinite().all()]
 
 
 def encoder(net: nn.Module) -> Callable[[Tensor], Tensor]:

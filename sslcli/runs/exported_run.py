@@ -103,8 +103,8 @@ class ExportedRun:
         Raises ConfigError unless the backbone without the rest of the method computes the same features as the method.
         """
         remedy = (
-            "so the backbone alone does not give the accuracies of the run: export what=method, which ssl-eval "
-            "weights=FILE evaluates as well"
+            "so the backbone alone does not give the accuracies of the run: export what=method with "
+            "format=torch, which ssl-eval weights=FILE evaluates as well"
         )
         name = self.method.__name__
         if self.method.features is not Method.features:

@@ -96,7 +96,7 @@ def model_card(
 ## Model
 
 - Method: {title}{f" ({paper})" if paper else ""}, pre-training without labels
-- Backbone: {named}, {facts["image_size"]} pixels
+- Backbone: {named} ({", ".join(f"{key}={value}" for key, value in backbone.items() if key != "_target_")})
 - Images: {facts["num_images"]:,} training images of {origin["pretrained_on"]}, fingerprint {facts["image_fingerprint"]}
 - Checkpoint: step {origin["step"]:,}, SHA-256 {origin["checkpoint_sha256"]}
 

@@ -106,7 +106,7 @@ def test_a_folder_has_weights_preprocessing_and_a_model_card(trained: Path, cli:
         "README.md",
     }
     assert "difference of features  0" in ended.out
-    assert "features on 20 images of shapes" in ended.out
+    assert "features on 32 images of shapes" in ended.out
     assert json.loads((out / "preprocessing.json").read_text())["center_crop"] == 32
     assert "# Small, pre-trained with SimCLR on shapes" in (out / "README.md").read_text()
     assert cli("ssl-export", f"run={trained}", f"out={tmp_path / 'net.pt'}").code == 0

@@ -103,7 +103,7 @@ def test_a_backbone_that_does_not_give_the_numbers_of_its_run_is_not_exported(
     ended = cli("ssl-export", f"run={run_of(method)}", f"out={tmp_path / 'out.pt'}")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert why in ended.err
-    assert "export what=method" in ended.err
+    assert "export what=method with format=torch" in ended.err
     assert not (tmp_path / "out.pt").exists()
 
 

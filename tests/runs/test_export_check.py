@@ -38,7 +38,8 @@ def test_images_come_from_the_dataset_or_are_noise(run_dir: Path) -> None:
     saved = read_trained_config(run_dir)
     found = comparison_images(saved, trust=[])
     assert (tuple(found.images.shape[1:]), found.is_native) == ((3, 32, 32), True)
-    assert found.origin == f"{len(found.images)} images of shapes"
+    assert found.origin == "32 images of shapes"  # 20 of val, and 12 others
+    assert len(found.images.flatten(1).unique(dim=0)) == 32
     gone = {"_target_": "sslcli.data.sources.base.Vision", "name": "cifar10", "root": str(run_dir / "nothing")}
     saved["dataset"] = gone | {"image_size": 8, "mean": [0.5, 0.5, 0.5], "std": [0.2, 0.2, 0.2], "download": True}
     noise = comparison_images(saved, trust=[])

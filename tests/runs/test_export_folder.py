@@ -92,6 +92,10 @@ def test_a_refusal_names_the_reason_and_what_is_possible(resnet: Trained) -> Non
         ConfigError, match=r"stem for small images.*backbone.stem=imagenet.*Possible formats: torch, sa"
     ):
         check_target(TARGET, net)
+    diverged = trained(ResNet("resnet18", image_size=32, stem="imagenet"), size=32)
+    diverged.net.get_parameter("bn1.weight").data[0] = float("nan")
+    with pytest.raises(ConfigError, match=r"1 of .* tensors are not finite, bn1"):
+        check_target(TARGET, diverged)
     lab = type(net.preprocessing)(**{**vars(net.preprocessing), "color_space": "lab"})
     with pytest.raises(ConfigError, match=r"views.color_space is lab.*Possible formats: torch"):
         check_target(TARGETS["safetensors"], Trained(**{**vars(net), "preprocessing": lab}))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sslcli.errors import ConfigError
 from sslcli.weights.export.preprocessing import Preprocessing
-from sslcli.weights.files import unwrapped
+from sslcli.weights.files import is_noise_state, unwrapped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,8 @@ class Trained:
     @property
     def state(self) -> dict[str, Tensor]:
         """The weights by name. If the backbone wraps a network, the names are those of the wrapped network."""
-        return unwrapped(self.net, self.net.state_dict())
+        state = {name: value for name, value in self.net.state_dict().items() if not is_noise_state(name)}
+        return unwrapped(self.net, state)
 
 
 class Target(ABC):
@@ -84,11 +84,13 @@ def json_text(content: dict[str, Any]) -> str:
     return json.dumps(content, indent=2) + "\n"
 
 
-def check_finite(trained: Trained) -> None:
-    """Raise ConfigError if a weight is NaN or infinite, because then features cannot be compared."""
-    broken = [name for name, value in trained.state.items() if not value.isfinite().all()]
-    if broken:
-        raise ConfigError(
-            f"{len(broken)} of {len(trained.state)} tensors are not finite, {broken[0]} among them: the run diverged; "
-            "export an earlier checkpoint with checkpoint=STEP"
-        )
+def not_finite(weights: Mapping[str, Any]) -> str | None:
+    """Return a message about the weights that are NaN or infinite, or None if there are none."""
+    tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
+    broken = [name for name, value in tensors.items() if not value.isfinite().all()]
+    if not broken:
+        return None
+    return (
+        f"{len(broken)} of {len(tensors)} tensors are not finite, {broken[0]} among them: the run diverged; export an "
+        "earlier checkpoint with checkpoint=STEP"
+    )

@@ -21,7 +21,8 @@ TARGET = TimmFolder()
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"pool": "mean"}, {"registers": 3, "layer_scale": 0.1, "pool": "mean"}, {"in_channels": 4}]
+    "options",
+    [{"drop_path": 0.1}, {"pool": "mean"}, {"registers": 3, "layer_scale": 0.1, "pool": "mean"}, {"in_channels": 4}],
 )
 def test_timm_computes_the_features_of_a_vit(options: dict[str, object], tmp_path: Path) -> None:
     net = vit(**options)
