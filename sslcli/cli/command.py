@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,14 @@ def command(name: str, run: Callable[[dict[str, Any]], int]) -> int:
         return print_unexpected(name, error)
 
 
-def read_arguments(name: str) -> Namespace:
-    """Parse the flags and overrides of the command line, in any order. Raises ConfigError for unknown flags.
+def read_arguments(name: str, line: Sequence[str] | None = None) -> Namespace:
+    """Parse flags and overrides in any order. `line` are the arguments of the command; None = those of this process.
+
+    Raises ConfigError for unknown flags.
 
     `name` is train, eval, embed or export. Old names in overrides are replaced by current names.
     """
-    arguments, unknown = get_args_parser().parse_known_intermixed_args()
+    arguments, unknown = get_args_parser().parse_known_intermixed_args(line)
     if unknown:
         raise ConfigError(
             f"there is no flag {unknown[0]}: settings are written key=value, as in train.epochs=5; see --help"

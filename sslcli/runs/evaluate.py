@@ -124,6 +124,20 @@ def _run(config: EvalConfig, device: torch.device, screen: Screen) -> int:
     return 0
 
 
+def evaluated(config: EvalConfig) -> dict[str, Any]:
+    """Evaluate one run or weight file in this process, print the tables, and return the result, see `evaluate`."""
+    device = devices.pick_device(config.device)
+    keep_freed_memory()
+    if config.launcher.threads is not None:
+        devices.set_threads(config.launcher.threads)
+    devices.prepare(device, deterministic=True)
+    with Screen() as screen:
+        result = evaluate(config, device, screen)
+        details(result, screen)
+        summary(Path(result["results_dir"]), screen)
+    return result
+
+
 def exit_code(error: Exception) -> int:
     """Return the exit code for the error of an evaluation."""
     return EXIT_FAILED if isinstance(error, TrainingFailed) else EXIT_CONFIG

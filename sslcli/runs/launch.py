@@ -27,9 +27,7 @@ from sslcli.system.launch_variables import AGENT, launched, local_world_size
 
 def launch(job: dict[str, Any]) -> int:
     """Run ssl-train and return the exit code. `job` is the validated configuration as plain values."""
-    config = RunConfig.from_plain(job)
-    config = config.changed(run_dir=run_dir_of(config))
-    config = with_old_settings(config)
+    config = run_config(job)
     kind = config.launcher.kind if launched() is None else "local"
     if kind != config.launcher.kind and AGENT not in os.environ:
         check_other_launcher(config.launcher)
@@ -58,6 +56,12 @@ def launch(job: dict[str, Any]) -> int:
         return run(config)
     finally:
         gc.enable()
+
+
+def run_config(job: dict[str, Any]) -> RunConfig:
+    """Return the configuration of a run with its directory. `job` is the validated configuration as plain values."""
+    config = RunConfig.from_plain(job)
+    return with_old_settings(config.changed(run_dir=run_dir_of(config)))
 
 
 def check_device_of_search(config: RunConfig) -> None:

@@ -7,12 +7,13 @@ import gc
 import os
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch.optim import Optimizer
 
 from sslcli.config.comparison import flatten
 from sslcli.config.own_dataset import FINGERPRINT
@@ -76,17 +77,41 @@ UNUSED_MESSAGE = (
 LOST_CONTACT = "another process of this run ended; run the same command again to resume"
 
 
+class LostContact(ProcessLost):
+    """Another process of the run ended. That process prints why, unless the network connection failed."""
+
+
 def run(config: RunConfig) -> int:
     """Run ssl-train with a validated configuration in this process, and return the exit code."""
+    threading.excepthook = _ignore_disk_error
+    try:
+        execute(config)
+        return 0
+    except ConfigError as error:
+        return _end(error, EXIT_CONFIG)
+    except LostContact as error:
+        return _end(str(error), processes.exit_lost(), wait=2 * WAIT)
+    except ProcessLost as error:
+        return _end(str(error), processes.exit_lost())
+    except TrainingFailed as error:
+        return _end(error, EXIT_FAILED)
+    except Stopped as error:
+        return EXIT_STOPPED if processes.number() > 0 else _end(str(error), EXIT_STOPPED)
+
+
+def execute(config: RunConfig) -> None:
+    """Train in this process.
+
+    Raises ConfigError, TrainingFailed or Stopped if the run cannot start or ends early. Their messages are for users.
+    """
     run_dir = config.directory
     if processes.restarted():  # an earlier attempt of this command has already started the run
         config = config.changed(resume="auto")
-    threading.excepthook = _ignore_disk_error
     try:
         if config.resume != "never" and not config.dry_run and directory.is_complete(run_dir, config.values):
             directory.check_resumable(run_dir, config.values)
             Screen(silent=processes.number() > 0).say(f"this run is finished already: {run_dir}{outcome(run_dir)}")
-            return 0
+            return
         directory.check_resumable(run_dir, config.values)
         device = devices.pick_device(config.device)
         if config.find_batch_size:
@@ -99,32 +124,33 @@ def run(config: RunConfig) -> int:
         with processes.process_group(device, limit=limit, end=partial(_end_stalled_process, run_dir)):
             check_agreement(config.values)
             with user_code("preparing the run", passes=partial(has_own_message, run_dir)):
-                return _train(config, run_dir, device)
-    except ConfigError as error:
-        return _end(error, EXIT_CONFIG)
-    except ProcessLost as error:
-        return _end(str(error), processes.exit_lost())
-    except TrainingFailed as error:
-        return _end(error, EXIT_FAILED)
-    except Stopped as error:
-        return EXIT_STOPPED if processes.number() > 0 else _end(str(error), EXIT_STOPPED)
-    except (RuntimeError, MemoryError) as error:
-        if is_out_of_memory(error):
-            return _end(training_message(error, config), EXIT_CONFIG)
-        if DEAD_WORKER in str(error):
-            return _end(str(worker_died_error(error)), processes.exit_lost())
-        if UNUSED_IN_STEP in str(error):
-            return _end(ConfigError(UNUSED_MESSAGE), EXIT_CONFIG)
-        if processes.lost_contact(error):
-            # The process that was lost prints why it ended, unless the network connection failed.
-            noticed = str(error).strip().splitlines()[0]
-            return _end(f"{LOST_CONTACT} (noticed here: {noticed})", processes.exit_lost(), wait=2 * WAIT)
+                _train(config, run_dir, device)
+    except TrainingFailed:
         raise
+    except (RuntimeError, MemoryError) as error:
+        found = _with_message(error, config)
+        if found is error:
+            raise
+        raise found from error
     except OSError as error:
         failure = disk_failure(error, run_dir, "run_dir") or _deletion(error, run_dir)
         if failure is None:
             raise
-        return _end(*failure)
+        message, code = failure
+        raise (ConfigError(message) if code == EXIT_CONFIG else TrainingFailed(message)) from error
+
+
+def _with_message(error: RuntimeError | MemoryError, config: RunConfig) -> Exception:
+    """Return the exception with a message for users, or `error` itself if its cause is unknown."""
+    if is_out_of_memory(error):
+        return ConfigError(training_message(error, config))
+    if DEAD_WORKER in str(error):
+        return worker_died_error(error)
+    if UNUSED_IN_STEP in str(error):
+        return ConfigError(UNUSED_MESSAGE)
+    if processes.lost_contact(error):
+        return LostContact(f"{LOST_CONTACT} (noticed here: {str(error).strip().splitlines()[0]})")
+    return error
 
 
 def has_own_message(run_dir: Path, error: BaseException) -> bool:
@@ -184,7 +210,7 @@ def _end_stalled_process(run_dir: Path, message: str) -> None:
     os._exit(EXIT_FAILED)
 
 
-def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
+def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
     main, dry = collectives.is_main(), config.dry_run
     parts = build_parts(config)
     loader = build_loader(config, parts, device)
@@ -197,10 +223,18 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
     if collectives.world_size() > 1:
         # Freeze after the optimizer was built, so that the optimizer has the same parameters as with one process.
         freeze(parts.method, found.unused)
-    run_lock = acquire_lock(run_dir, patience=lock_patience(config)) if main and not dry else None
-    if run_lock is not None:
-        # Check again, since now no other process can change the directory.
-        directory.check_resumable(run_dir, config.values)
+    with acquire_lock(run_dir, patience=lock_patience(config)) if main and not dry else nullcontext():
+        if main and not dry:
+            # Check again, since now no other process can change the directory.
+            directory.check_resumable(run_dir, config.values)
+        _train_locked(config, parts, loader, optimizer, peak_lr, found)
+
+
+def _train_locked(
+    config: RunConfig, parts: Parts, loader: Loader, optimizer: Optimizer, peak_lr: float, found: Trial
+) -> None:
+    """Train after the run directory was locked. `found` is the result of the trial."""
+    main, dry, run_dir, device = collectives.is_main(), config.dry_run, config.directory, loader.device
     with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
         stored = directory.read_config(run_dir) if (run_dir / "config.yaml").exists() else {}
         moved = check_dataset(config, stored, parts, screen)
@@ -218,7 +252,8 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
             with explained(config, parts.method, device, optimizer):
                 if dry:
                     job.stop.close()  # then an interrupt ends the dry run immediately
-                    return find_batch_size(job) if config.find_batch_size else dry_run(job, parts)
+                    find_batch_size(job) if config.find_batch_size else dry_run(job, parts)
+                    return
                 # Resume before config.yaml is written, so that it stays unchanged if the checkpoint is refused.
                 step = resume(job)
                 if main:
@@ -242,9 +277,6 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> int:
         if main:
             atomic.replace(run_dir / "done", b"")
         screen.say(f"done: {run_dir}{outcome(run_dir)}")
-    if run_lock is not None:
-        run_lock.close()
-    return 0
 
 
 def run_trial(config: RunConfig, loader: Loader, parts: Parts, device: torch.device) -> Trial:

@@ -14,6 +14,8 @@ _OPTIONS = (
     (-1, 2**31 - 1),  # M_TRIM_THRESHOLD: the heap is trimmed if more bytes at its top are free
     (-2, 1 << 26),  # M_TOP_PAD: extra bytes requested whenever the heap grows
 )
+# The same options with glibc's defaults.
+_DEFAULTS = ((-4, 1 << 16), (-1, 1 << 17), (-2, 1 << 17))
 
 
 def keep_freed_memory() -> bool:
@@ -26,6 +28,14 @@ def keep_freed_memory() -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     return mallopt is not None and all(mallopt(option, value) == 1 for option, value in _OPTIONS)
+
+
+def release_freed_memory() -> None:
+    """Undo `keep_freed_memory`: restore the defaults of glibc's malloc, and return freed memory to the system."""
+    libc = ctypes.CDLL(None)
+    mallopt = getattr(libc, "mallopt", None) if sys.platform.startswith("linux") else None
+    if mallopt is not None and all(mallopt(option, value) == 1 for option, value in _DEFAULTS):
+        getattr(libc, "malloc_trim", lambda padding: None)(0)
 
 
 def available_memory() -> int:

@@ -1,4 +1,4 @@
-"""Available memory; page faults, measured in separate processes, since the setting cannot be undone."""
+"""Available memory; page faults, measured in separate processes, since the settings are global."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from sslcli.system import cgroup, memory
 
 PROGRAM = """
 import resource, sys
-from sslcli.system.memory import keep_freed_memory
+from sslcli.system.memory import keep_freed_memory, release_freed_memory
 
-if sys.argv[1] == "keep":
+if sys.argv[1] != "leave":
     assert keep_freed_memory()
+if sys.argv[1] == "release":
+    release_freed_memory()
 
 
 def step():  # blocks above and below the size that glibc maps
@@ -40,6 +42,11 @@ def page_faults(mode: str) -> int:
 def test_a_step_like_the_one_before_faults_in_no_pages() -> None:
     assert page_faults("keep") < 100
     assert page_faults("leave") > 1000  # else this test shows nothing
+
+
+@needs_glibc
+def test_freed_memory_is_returned_again() -> None:
+    assert page_faults("release") > 1000
 
 
 def test_available_memory_is_that_of_the_machine_or_of_the_control_group(monkeypatch: pytest.MonkeyPatch) -> None:
