@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import itertools
 import mmap
+import os
 import pickle
 import weakref
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
+
+from sslcli.data.worker_server import received
 
 _ALIGNMENT = 64  # bytes; the offset of each tensor in its slot is a multiple of it
 _SMALL = 1 << 16  # bytes; smaller tensors are copied out of the slot, since callers may keep them
@@ -30,12 +33,29 @@ class BatchSlots:
     The main process assigns a free slot to each request. A slot is free again when no tensor uses its memory anymore.
     """
 
-    def __init__(self, count: int, slot_bytes: int) -> None:
-        self.slot_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.memory = mmap.mmap(-1, count * self.slot_bytes)
+    def __init__(self, count: int, slot_bytes: int, *, file: int = -1, number: int | None = None) -> None:
+        self.count, self.slot_bytes = count, -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        self.memory = mmap.mmap(file, count * self.slot_bytes)
         self.free = list(range(count))
-        self.number = next(_NUMBERS)
+        self.number = next(_NUMBERS) if number is None else number
         _ALL[self.number] = self
+
+    @classmethod
+    def in_file(cls, count: int, slot_bytes: int) -> tuple[BatchSlots, int]:
+        """Create slots in an anonymous file, and return it as well. The caller closes the file.
+
+        Slots that are unpickled by a process with this file (`worker_server.received`) use the same memory.
+        """
+        file = os.memfd_create("sslcli")
+        try:
+            os.ftruncate(file, count * -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+            return cls(count, slot_bytes, file=file), file
+        except OSError:
+            os.close(file)
+            raise
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received_slots, (self.count, self.slot_bytes, self.number)
 
     def take(self) -> int | None:
         """Return the number of a slot that is used from now on, or None if no slot is free."""
@@ -51,6 +71,10 @@ class BatchSlots:
         view = self.view(slot)
         weakref.finalize(view, self.free.append, slot).atexit = False
         return torch.frombuffer(view, dtype=torch.uint8)
+
+
+def _received_slots(count: int, slot_bytes: int, number: int) -> BatchSlots:
+    return BatchSlots(count, slot_bytes, file=received(0), number=number)
 
 
 class PackedBatch:

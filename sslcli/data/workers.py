@@ -21,8 +21,10 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from sslcli.data import worker_server
 from sslcli.data.batch_slots import BatchSlots, LargeBatch, PackedBatch, pack
 from sslcli.data.num_workers import BatchMemory, prefetch_factor
+from sslcli.data.worker_server import ServerContext
 from sslcli.errors import BUG, ConfigError, ProcessLost, TrainingFailed, class_name, summary, user_code_error
 from sslcli.system.child_processes import kill_with_parent
 
@@ -153,32 +155,50 @@ def iterate_batches(
     if workers:
         choose_socket_folder()
     forks = workers > 0 and sys.platform == "linux"  # see init_worker
-    slots = create_slots(memory, workers) if forks and memory is not None else None
+    server = worker_server.current() if forks else None
+    slots, files = None, list[int]()
+    if forks and memory is not None:
+        slots, files = create_slots(memory, workers, in_file=server is not None)
+    whole = ErrorReturningDataset(dataset, owner, slots)
+    stored = None if server is None else server.store(whole, files)
+    for file in files:
+        os.close(file)
     loader = DataLoader(
-        ErrorReturningDataset(dataset, owner, slots),
+        whole if stored is None else stored,
         batch_size=None,
         sampler=RequestSampler(requests, slots),
         num_workers=workers,
         prefetch_factor=prefetch_factor(workers) if workers else None,
         pin_memory=pin_memory,
         timeout=POLL_INTERVAL if workers else 0,
-        worker_init_fn=partial(init_worker, os.getpid()),
-        multiprocessing_context="fork" if forks else None,
+        worker_init_fn=partial(init_worker, os.getpid() if stored is None or server is None else server.pid),
+        multiprocessing_context=ServerContext() if stored is not None else "fork" if forks else None,
         # By default, each start of workers draws a number from the global generator. A resumed run starts workers more
         # often, so its other random numbers would differ.
         generator=torch.Generator(),
     )
-    with loader_iterator(loader, workers) as iterator:
-        while (item := next_item(iterator, timeout)) is not END:
-            if isinstance(item, Exception):
-                raise item
-            yield item.unpack() if isinstance(item, (PackedBatch, LargeBatch)) else item
-
-
-def create_slots(memory: BatchMemory, workers: int) -> BatchSlots:
-    """Return the slots for the batches of all workers. Raises TrainingFailed if they do not fit into the memory."""
     try:
-        return BatchSlots(memory.num_slots(workers), memory.slot_bytes(workers))
+        with loader_iterator(loader, workers) as iterator:
+            while (item := next_item(iterator, timeout)) is not END:
+                if isinstance(item, Exception):
+                    raise item
+                yield item.unpack() if isinstance(item, (PackedBatch, LargeBatch)) else item
+    finally:
+        if server is not None and stored is not None:
+            server.forget(stored)
+
+
+def create_slots(memory: BatchMemory, workers: int, *, in_file: bool) -> tuple[BatchSlots, list[int]]:
+    """Return the slots for the batches of all workers, and the file that contains them if `in_file` is True.
+
+    Raises TrainingFailed if they do not fit into the memory.
+    """
+    count, size = memory.num_slots(workers), memory.slot_bytes(workers)
+    try:
+        if not in_file:
+            return BatchSlots(count, size), []
+        slots, file = BatchSlots.in_file(count, size)
+        return slots, [file]
     except OSError as error:
         raise not_started(workers, error) from error
 
@@ -241,7 +261,7 @@ def next_item(iterator: Iterator[Any], timeout: float) -> Any:
 def init_worker(parent: int, number: int) -> None:
     """Make a data worker ignore signals and end with its parent process. This function runs in the worker.
 
-    parent: process id of the parent process.
+    parent: process id of the parent process: the run, or its `worker_server`.
     number: number of the worker, which torch passes; it is not used.
 
     Schedulers and terminals send signals to the whole process group. If a signal killed a worker, a graceful stop would

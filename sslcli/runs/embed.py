@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sslcli.config.run_config import EmbedConfig
+from sslcli.data import worker_server
 from sslcli.data.bad_images import BadImages
 from sslcli.distributed import devices
 from sslcli.errors import (
@@ -66,6 +67,7 @@ def embed_to_file(config: EmbedConfig) -> None:
     out = Path(str(config.out))
     check_out(out)
     device = devices.pick_device(config.device)
+    worker_server.start(device)
     devices.prepare(device, deterministic=True)
     with Screen() as screen:
         embedding = prepare(config, device, screen, images=given_images(config.images), split=config.split)
@@ -212,6 +214,7 @@ def embed(
     given = os.fspath(images) if isinstance(images, (str, os.PathLike)) else [os.fspath(path) for path in images]
     chosen = devices.pick_device(config.device)
     with devices.unchanged_settings(), devices.unchanged_random_state(chosen), Screen() as screen:
+        worker_server.start(chosen)
         devices.prepare(chosen, deterministic=True)
         embedding = prepare(config, chosen, screen, images=given_images(given), split="all")
         screen.start("embedding", total=embedding.total)

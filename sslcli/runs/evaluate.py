@@ -18,6 +18,7 @@ from torch import nn
 
 from sslcli import __version__
 from sslcli.config.run_config import EvalConfig, NetworkConfig
+from sslcli.data import worker_server
 from sslcli.data.sources.base import Source
 from sslcli.distributed import collectives, devices, processes, shared_work
 from sslcli.engine import checkpoint
@@ -85,6 +86,7 @@ def _run_with_messages(config: EvalConfig) -> int:
         keep_freed_memory()
         if processes.is_launched() or config.launcher.threads is not None:
             devices.set_threads(config.launcher.threads)
+        worker_server.start(device)
         devices.prepare(device, deterministic=True)
         with _all_processes(config, device), Screen(silent=not collectives.is_main()) as screen:
             return _run(config, device, screen)

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from sslcli.config.comparison import flatten
 from sslcli.config.own_dataset import FINGERPRINT
 from sslcli.config.run_config import RunConfig
+from sslcli.data import worker_server
 from sslcli.data.loader import Loader
 from sslcli.data.workers import worker_died_error
 from sslcli.distributed import collectives, devices, processes, watchdog
@@ -119,6 +120,7 @@ def execute(config: RunConfig) -> None:
         keep_freed_memory()
         devices.set_threads(config.launcher.threads)
         deterministic = devices.uses_deterministic_kernels(config.train.deterministic, device)
+        worker_server.start(device)
         devices.prepare(device, deterministic=deterministic)
         limit = config.launcher.timeout_seconds
         with processes.process_group(device, limit=limit, end=partial(_end_stalled_process, run_dir)):

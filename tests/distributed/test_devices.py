@@ -259,3 +259,13 @@ def test_a_constant_is_created_once_and_can_be_used_in_training() -> None:
     (weight * first).sum().backward()
     assert weight.grad is not None
     assert weight.grad.tolist() == [0.25, 2.0]
+
+
+def test_the_gpu_of_the_caller_is_selected_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    selected: list[int] = []
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", selected.append)
+    with devices.unchanged_settings():
+        selected.append(0)
+    assert selected == [0, 1]
