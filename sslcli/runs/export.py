@@ -65,7 +65,7 @@ def export_folder(run: ExportedRun, target: Target, out: Path, screen: Screen) -
     check_folder(out, target)
     weights = run.backbone_weights()
     net = run.backbone(weights)
-    images = comparison_images(run.saved, trust=run.trust)
+    images = images_of(run, screen)
     trained = Trained(
         net=net,
         build=run.new_backbone,
@@ -85,7 +85,7 @@ def export_folder(run: ExportedRun, target: Target, out: Path, screen: Screen) -
 
 def export_file(run: ExportedRun, what: str, out: Path, screen: Screen) -> None:
     """Write the backbone or the method of a run to the file `out` for sslcli, and print a table."""
-    images = comparison_images(run.saved, trust=run.trust)
+    images = images_of(run, screen)
     screen.say(f"writing {out}, then comparing features on {images.origin}")
     weights, difference = write_file(run, what, out, images)
     usage, table = USAGE.format(name=out.name), accuracies(run, screen)
@@ -100,6 +100,12 @@ def export_file(run: ExportedRun, what: str, out: Path, screen: Screen) -> None:
     if diverged:
         screen.warn(diverged)
     screen.say(f"to evaluate it: ssl-eval weights={out} dataset=... dataset.image_size={run.image_size}")
+
+
+def images_of(run: ExportedRun, screen: Screen) -> Images:
+    """Return the images for the comparison. Finding the files of a large dataset takes some time."""
+    screen.say(f"reading images of {run.facts['provenance']['pretrained_on']}")
+    return comparison_images(run.saved, trust=run.trust)
 
 
 def card_of(

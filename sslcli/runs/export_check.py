@@ -36,9 +36,10 @@ class Images:
 
 
 def comparison_images(saved: dict[str, Any], *, trust: list[str]) -> Images:
-    """Return images of the dataset of a run, or noise if the dataset cannot be read. Nothing is downloaded.
+    """Return images of the dataset of a run, or noise if the dataset cannot be read.
 
-    `saved` is the configuration of the run. The images come from the splits val, train and test, in this order.
+    `saved` is the configuration of the run. The images come from the splits val, train and test, in this order. Missing
+    files are not downloaded if the dataset has the setting `download`.
     """
     size, channels = saved["dataset"]["image_size"], len(saved["dataset"]["mean"])
     try:

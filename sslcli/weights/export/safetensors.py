@@ -15,19 +15,8 @@ from torch import Tensor
 from sslcli.errors import ConfigError
 from sslcli.weights.export.target import Target, Trained, json_text
 from sslcli.weights.files import load_strictly, wrapped
+from sslcli.weights.safetensors import DTYPES, read_safetensors
 
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 8  # bytes; the values of all tensors begin at a multiple
 
@@ -51,7 +40,8 @@ class Safetensors(Target):
     def load(self, trained: Trained, folder: Path) -> Callable[[Tensor], Tensor]:
         net = trained.build()
         path = folder / self.weights_file
-        load_strictly(net, wrapped(net, read_safetensors(path)), str(path))
+        with path.open("rb") as file:
+            load_strictly(net, wrapped(net, read_safetensors(file)), str(path))
         return net.eval()
 
     def usage(self, trained: Trained) -> str:
@@ -82,17 +72,3 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
             file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file that `write_safetensors` wrote."""
-    content = path.read_bytes()
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    values, found = bytearray(content[start:]), {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            flat = torch.frombuffer(values, dtype=torch.uint8)[first:last]
-            found[name] = flat.view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return found
