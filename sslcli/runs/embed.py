@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,8 @@ def embed(
     feature_layer: str = layers.BACKBONE,
     batch_size: int = BATCH,
     workers: int | None = None,
-    backbone: dict[str, Any] | None = None,
+    backbone: str | Mapping[str, Any] | None = None,
+    weights_prefix: str | None = None,
     trust: Sequence[str] = (),
 ) -> Embeddings:
     """Return the features of image files, with the same bits as ssl-embed and ssl-eval.
@@ -190,9 +191,9 @@ def embed(
     All features are kept in memory. For many images, use the command ssl-embed.
 
     Args:
-        run: a run directory or a weight file, see `load`.
+        run: a run directory, a weight file or timm:NAME, see `load`.
         images: an image file, a folder, or a list of files and folders.
-        checkpoint, device, backbone, trust: see `load`.
+        checkpoint, device, backbone, weights_prefix, trust: see `load`.
         precision: fp32, bf16 or fp16; "auto" = the precision of the training run.
         feature_layer: backbone, projection, head1 ..., or a stage such as layer3.
         batch_size: images per forward pass.
@@ -206,6 +207,7 @@ def embed(
         device=str(device),
         precision=precision,
         backbone=backbone,
+        weights_prefix=weights_prefix,
         trust=trust,
         feature_layer=feature_layer,
         batch_size=batch_size,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from sslcli.config.backbone_choice import backbone_node
 from sslcli.config.channels import DEFAULTS
+from sslcli.config.paths import SOURCES_OF_WEIGHTS
 from sslcli.config.run_config import NetworkConfig
 from sslcli.data.crops import center_crop, to_uint8
 from sslcli.data.decode import open_file
@@ -22,6 +23,7 @@ from sslcli.errors import ConfigError, first_line, is_out_of_memory
 from sslcli.evaluation import layers
 from sslcli.evaluation.online import BATCH
 from sslcli.methods.base import Method
+from sslcli.report.console import Screen
 from sslcli.runs.subject import (
     Subject,
     read_run,
@@ -30,6 +32,7 @@ from sslcli.runs.subject import (
     subject_of_run,
 )
 
+RUN, TIMM = SOURCES_OF_WEIGHTS
 UNKNOWN_SIZE = 224  # image size in pixels if a weight file does not contain it
 Images = Image.Image | str | os.PathLike[str]
 
@@ -152,30 +155,45 @@ def load(
     checkpoint: str | int = "last",
     device: str | torch.device = "cpu",
     precision: str = "fp32",
-    backbone: dict[str, Any] | None = None,
+    backbone: str | Mapping[str, Any] | None = None,
+    weights_prefix: str | None = None,
+    image_size: int | None = None,
     trust: Sequence[str] = (),
 ) -> Encoder:
     """Load a trained network in evaluation mode, see `Encoder`.
 
     Args:
-        path: a run directory, a file of ssl-export, or another weight file with `backbone`.
+        path: a run directory, a file of ssl-export, another weight file with `backbone`, or timm:NAME.
         checkpoint: "last", or the number of a step; for a run directory.
         device: auto, cpu, cuda, cuda:1 or mps.
         precision: fp32, bf16 or fp16; "auto" = the precision with which ssl-eval evaluates the run, so that the
             features are bit-identical to those of ssl-eval with the same batches.
-        backbone: settings of the backbone of a weight file: `_target_`, the name of its class, and its arguments.
+        backbone: backbone of a weight file that does not contain its settings: the name of a choice, with changes as in
+            "resnet50 stem=imagenet", or a mapping with `_target_`, the name of a class, and its arguments.
+        weights_prefix: start of the keys to use, for a weight file with several networks; None = search.
+        image_size: image size of `transform` in pixels; None = that of pre-training, or 224 if it is unknown.
         trust: packages whose classes may be used, in addition to sslcli.
 
-    Raises ConfigError if the files are missing or damaged, or if the weights do not fit the network. The global random
-    state does not change.
+    For published weights, a line is printed that states which tensors were taken. Raises ConfigError if the files are
+    missing or damaged, or if the weights do not fit the network. The global random state does not change.
     """
     config = network_config(
-        path, checkpoint=checkpoint, device=str(device), precision=precision, backbone=backbone, trust=trust
+        path,
+        checkpoint=checkpoint,
+        device=str(device),
+        precision=precision,
+        backbone=backbone,
+        weights_prefix=weights_prefix,
+        image_size=image_size or UNKNOWN_SIZE,
+        trust=trust,
     )
     chosen = devices.pick_device(config.device)
     with devices.unchanged_random_state(chosen):
-        subject = subject_of(config, chosen)
-        return Encoder(subject, image_size=subject.image_size or UNKNOWN_SIZE)
+        subject = subject_of(config, chosen, image_size=image_size or UNKNOWN_SIZE)
+        with Screen() as screen:
+            for message in subject.messages:
+                screen.say(message)
+        return Encoder(subject, image_size=image_size or subject.image_size or UNKNOWN_SIZE)
 
 
 def network_config(
@@ -184,31 +202,38 @@ def network_config(
     checkpoint: str | int = "last",
     device: str = "auto",
     precision: str = "auto",
-    backbone: dict[str, Any] | None = None,
+    backbone: str | Mapping[str, Any] | None = None,
+    weights_prefix: str | None = None,
+    image_size: int = UNKNOWN_SIZE,
     trust: Sequence[str] = (),
     feature_layer: str = layers.BACKBONE,
     batch_size: int = BATCH,
     workers: int | None = None,
 ) -> NetworkConfig:
-    """Return the configuration for the run directory or weight file `path`, see `load` and `embed`.
+    """Return the configuration for the run directory or the weights `path`, see `load` and `embed`.
 
     Raises ConfigError if the path does not exist or a value is out of range.
     """
-    found = Path(path).expanduser()
-    if not found.exists():
-        raise ConfigError(f"there is no run directory or weight file {str(found)!r}")
-    is_run = found.is_dir()
-    if is_run and backbone is not None:
-        raise ConfigError(f"{found} is a run directory, which contains its backbone: remove backbone")
+    name = os.fspath(path)
+    is_timm = name.startswith(TIMM)
+    if not is_timm:
+        name = os.path.expanduser(name.removeprefix(RUN))
+        if not os.path.exists(name):
+            raise ConfigError(f"there is no run directory or weight file {name!r}")
+    is_run = os.path.isdir(name)
+    if is_run and (backbone is not None or weights_prefix is not None):
+        raise ConfigError(f"{name} is a run directory, which states its network: remove backbone and weights_prefix")
+    node = backbone_node(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
     return NetworkConfig(
-        run=str(found) if is_run else None,
-        weights=None if is_run else str(found),
+        run=name if is_run else None,
+        weights=None if is_run else name,
+        weights_prefix=weights_prefix,
         checkpoint=checkpoint,
         device=device,
         precision=precision,
         trust=list(trust),
         dataset=None,
-        backbone=backbone,
+        backbone=None if node is None else dict(node),
         dataset_changes=[],
         feature_layer=feature_layer,
         batch_size=batch_size,
@@ -216,12 +241,15 @@ def network_config(
     )
 
 
-def subject_of(config: NetworkConfig, device: torch.device) -> Subject:
-    """Return the network of a run directory or weight file, without images."""
+def subject_of(config: NetworkConfig, device: torch.device, *, image_size: int = UNKNOWN_SIZE) -> Subject:
+    """Return the network of a run directory or weight file, without images.
+
+    `image_size` is the size in pixels for which the network is built if the file does not state it.
+    """
     if config.run is not None:
         return subject_of_run(config, read_run(config), device)
     weights = read_weight_file(config)
-    return subject_of_file(config, weights, device, image_size=UNKNOWN_SIZE, mean=DEFAULTS["mean"], std=DEFAULTS["std"])
+    return subject_of_file(config, weights, device, image_size=image_size, mean=DEFAULTS["mean"], std=DEFAULTS["std"])
 
 
 def pixel_format_of(subject: Subject) -> PixelFormat:

@@ -13,12 +13,15 @@ from PIL import Image
 
 import sslcli
 from command_line import SMALL, Cli
+from sslcli.backbones.base import Backbone
+from sslcli.config.backbone_choice import backbone_node
 from sslcli.data.bad_images import BadImage
 from sslcli.data.crops import PlainCrops
 from sslcli.data.sources.base import Shapes
 from sslcli.data.sources.files import Flat
 from sslcli.errors import ConfigError
 from sslcli.methods.base import Method
+from sslcli.runs.build import build_backbone
 from sslcli.runs.encoder import Encoder
 
 OLD = Path(__file__).parents[1] / "old"
@@ -105,6 +108,25 @@ def test_an_export_gives_the_features_of_its_run(encoder: Encoder, trained: Path
     assert torch.equal(sslcli.load(trained / "net.pt")(images), encoder(images))
 
 
+def test_published_weights_load_with_their_backbone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    net = backbone_of("resnet18 stem=imagenet")
+    state = {f"module.encoder_q.{name}": value for name, value in net.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "moco.pth")
+    loaded = sslcli.load(tmp_path / "moco.pth", backbone="resnet18 backbone.stem=imagenet", image_size=64)
+    assert "tensors taken with the prefix state_dict.module.encoder_q." in capsys.readouterr().out
+    images = torch.rand(2, 3, 64, 64)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), net.eval()((images - mean) / std), atol=1e-5, rtol=1e-4)
+    assert loaded.transform(Image.new("RGB", (100, 80))).shape == (3, 64, 64)
+    with pytest.raises(ConfigError, match="requires backbone"):
+        sslcli.load(tmp_path / "moco.pth")
+
+
+def backbone_of(choice: str) -> Backbone:
+    return build_backbone(backbone_node(choice, image_size=64), image_size=64, trust=[])
+
+
 def test_loading_has_no_side_effects(run_dir: Path) -> None:
     state = torch.random.get_rng_state()
     net = sslcli.load(str(run_dir))
@@ -141,6 +163,8 @@ def test_wrong_paths_and_steps_are_refused(run_dir: Path, tmp_path: Path) -> Non
         sslcli.load(run_dir, device="tpu")
     with pytest.raises(ConfigError, match="remove backbone"):
         sslcli.load(run_dir, backbone={"_target_": "sslcli.backbones.small.Small"})
+    with pytest.raises(ConfigError, match="remove backbone and weights_prefix"):
+        sslcli.load(f"run:{run_dir}", weights_prefix="module")
 
 
 def test_the_package_imports_no_torch() -> None:
