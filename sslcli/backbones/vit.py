@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslcli.backbones.base import Backbone
@@ -24,6 +26,7 @@ from sslcli.nn.noise import Noise
 from sslcli.nn.transformer import Block, init_linear
 
 POOLS = ("cls", "mean")
+SINCOS_TOLERANCE = 1e-2  # difference of stored sin-cos embeddings, which bfloat16 rounds by up to 4e-3
 
 
 def position_embedding(
@@ -53,6 +56,19 @@ def position_embedding(
     column_angle = (column[:, None] * frequency)[None].expand(height, width, quarter)
     parts = [row_angle.sin(), row_angle.cos(), column_angle.sin(), column_angle.cos()]
     return torch.cat(parts, dim=2).reshape(height * width, dim)
+
+
+def interpolated_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Return a position embedding (1, T + P, D) for the patch grid `new` (rows, columns) instead of `old`.
+
+    The rows of T leading tokens, such as the class token, are kept. Those of the P patches are resized with antialiased
+    bicubic interpolation, as in timm, in float32.
+    """
+    others = positions.shape[1] - old[0] * old[1]
+    first, patches = positions[:, :others], positions[:, others:]
+    maps = patches.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
+    maps = F.interpolate(maps, size=new, mode="bicubic", antialias=True)
+    return torch.cat([first, maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)], dim=1)
 
 
 def choose_patch_size(image_size: int) -> int:
@@ -161,6 +177,7 @@ class VisionTransformer(Backbone):
         self.reg_token = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         positions = torch.cat([torch.zeros(1, width), position_embedding(grid, grid, width)])
         self.register_buffer("pos_embed", positions[None])
+        self.has_sincos_positions = True  # False after weights with another position embedding were loaded
         self.noise = Noise() if drop_path else None
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         hidden = round(width * mlp_ratio)
@@ -246,12 +263,25 @@ class VisionTransformer(Backbone):
         """Return the position embedding (1, 1 + P, width) of the class token and P patches.
 
         The patches form a grid (rows, columns), so P is rows * columns. The embedding of the class token is zero.
+
+        For another grid than that of the training images, the sin-cos embedding is computed exactly. If the weights
+        contain another embedding, it is interpolated.
         """
         if grid == self.grid:
             return self.pos_embed
+        if not self.has_sincos_positions:
+            return interpolated_positions(self.pos_embed, self.grid, grid)
         device, dtype = self.pos_embed.device, self.pos_embed.dtype
         stretched = position_embedding(*grid, self.num_features, trained=self.grid, device=device)
         return torch.cat([self.pos_embed[:, :1], stretched[None].to(dtype)], dim=1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load the state dict, and note whether its position embedding is the sin-cos embedding of this network."""
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        loaded = self.pos_embed[0, 1:]
+        if not loaded.is_meta:
+            exact = position_embedding(*self.grid, self.num_features, device=loaded.device)
+            self.has_sincos_positions = torch.allclose(loaded.float(), exact, atol=SINCOS_TOLERANCE)
 
 
 def check_values(

@@ -25,7 +25,7 @@ from sslcli.runs.build import accelerate, build_backbone, build_method, build_so
 from sslcli.runs.checkpoint_of_run import load_checkpoint, provenance_of
 from sslcli.runs.weights_source import NETWORK_GROUPS, WeightsSource, open_weights, results_dir_of
 from sslcli.weights.files import load_strictly, wrapped
-from sslcli.weights.published import find_weights
+from sslcli.weights.published import find_weights, suggested_backbone
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,10 @@ def read_weight_file(config: NetworkConfig) -> WeightsSource:
     """
     weights = open_weights(str(config.weights), trust=config.trust)
     if not (config.backbone or weights.backbone):
-        raise ConfigError("weights=FILE requires backbone=..., unless the file was written by ssl-export")
+        hint = suggested_backbone(weights.content)
+        raise ConfigError(
+            f"weights=FILE requires backbone=..., unless the file was written by ssl-export{hint and ': ' + hint}"
+        )
     return weights
 
 

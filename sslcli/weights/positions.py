@@ -5,8 +5,9 @@ from __future__ import annotations
 from math import isqrt
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from sslcli.backbones.vit import interpolated_positions
 
 
 def resized_positions(positions: Tensor, length: int) -> tuple[Tensor, str] | None:
@@ -27,12 +28,11 @@ def resized_positions(positions: Tensor, length: int) -> tuple[Tensor, str] | No
     if after and not before:
         first = torch.zeros_like(patches[:, :1])
         notes.append("a zero position added for the class token")
+    positions = torch.cat([first, patches], dim=1)
     if old != new:
-        maps = patches.float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-        maps = F.interpolate(maps, size=(new, new), mode="bicubic", antialias=True)
-        patches = maps.permute(0, 2, 3, 1).flatten(1, 2).to(positions.dtype)
+        positions = interpolated_positions(positions, (old, old), (new, new))
         notes.append(f"position embedding resized from {old}x{old} to {new}x{new} patches")
-    return torch.cat([first, patches], dim=1), ", ".join(notes)
+    return positions, ", ".join(notes)
 
 
 def _has_class_token(length: int) -> bool | None:

@@ -94,6 +94,13 @@ def find_weights(
     raise _refusal(best[0] if best else None, flat, own, prefix, where, key)
 
 
+def suggested_backbone(content: Mapping[str, Any]) -> str:
+    """Return a sentence with the backbone of sslcli whose weights a checkpoint contains, or "" if there is none."""
+    flat = flattened(content)
+    found = (nearest_backbone(renamed) for layout in LAYOUTS if (renamed := layout(flat)) is not None)
+    return next((sentence for sentence in found if sentence), "")
+
+
 def _is_meant(found: str, wanted: str | None, net: nn.Module) -> bool:
     """Return True if the prefix `wanted` of the user, or of a run, means the prefix `found`."""
     if wanted is None:
@@ -157,8 +164,7 @@ def _refusal(
     best: Place | None, flat: Flat, own: dict[str, Any], prefix: str | None, where: str, key: str
 ) -> ConfigError:
     """Return the error of a checkpoint that does not fit. `best` is the place with the most tensors that fit."""
-    suggestions = (nearest_backbone(renamed) for layout in LAYOUTS if (renamed := layout(flat)) is not None)
-    hint = next((sentence for sentence in suggestions if sentence), None)
+    hint = suggested_backbone(flat)
     if best is None:
         if prefix is not None:
             known = [place.prefix for layout in LAYOUTS for place in places(layout(flat) or {}, own) if place.fits]

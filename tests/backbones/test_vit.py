@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -59,6 +60,24 @@ def test_other_image_sizes_see_the_same_embedding_interpolated(side: int) -> Non
     inside = slice(grid // 3, -(grid // 3) or None)
     torch.testing.assert_close(found[slow][:, inside, inside], interpolated[slow][:, inside, inside], atol=0.01, rtol=0)
     assert net(torch.randn(2, 3, side, side)).shape == (2, 64)
+
+
+def test_a_position_embedding_of_other_weights_is_interpolated_instead() -> None:
+    resample = pytest.importorskip("timm.layers").resample_abs_pos_embed
+    net = vit()
+    state = copy.deepcopy(net.state_dict())
+    exact = net.positions((3, 2))
+    net.load_state_dict(
+        {name: value.bfloat16() if value.is_floating_point() else value for name, value in state.items()}
+    )
+    torch.testing.assert_close(net.positions((3, 2)), exact, atol=1e-6, rtol=0)
+    learned = torch.randn(1, 17, 24, generator=torch.Generator().manual_seed(0))
+    net.load_state_dict(state | {"pos_embed": learned})
+    assert torch.equal(net.positions((4, 4)), learned)
+    found = copy.deepcopy(net).positions((3, 2))
+    torch.testing.assert_close(found, resample(learned, new_size=[3, 2], num_prefix_tokens=1))
+    net.load_state_dict(state)
+    assert torch.equal(net.positions((3, 2)), exact)
 
 
 def test_positions_of_a_view_that_is_not_square() -> None:

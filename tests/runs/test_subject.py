@@ -89,7 +89,9 @@ def test_pretrained_weights_of_timm_are_measured(cli: Cli, tmp_path: Path, monke
 
 
 def test_weights_need_a_backbone_and_a_data_set(weights: Path, cli: Cli) -> None:
-    assert "requires backbone=..." in cli("ssl-eval", f"weights={weights}", *OTHER).err
+    refusal = cli("ssl-eval", f"weights={weights}", *OTHER).err
+    assert "requires backbone=..." in refusal
+    assert "the file holds the small backbone: backbone=small backbone.width=32" in refusal
     ended = cli("ssl-eval", f"weights={weights}", "backbone=resnet18", "backbone.image_size=32")
     assert ended.code == 2
     assert "requires dataset=..." in ended.err
