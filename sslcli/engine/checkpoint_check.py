@@ -42,7 +42,14 @@ class ProcessState(TypedDict):
     metric_means: Means
 
 
-class DetectorState(TypedDict):
+class AddedDetectorState(TypedDict, total=False):
+    """Entries of `DetectorState` that checkpoints of version 0.2 lack."""
+
+    uninformed: float
+    information: float
+
+
+class DetectorState(AddedDetectorState):
     """State of `sslcli.engine.collapse.CollapseDetector` in a checkpoint."""
 
     seen: float

@@ -24,7 +24,15 @@ _ADVICE = {
         "high a learning rate or weight decay, a decorrelation or centering term with too small a weight, "
         "augmentations so strong that views share little. Divide optimizer.lr by 3, then weaken the augmentations"
     ),
+    "assignments": (
+        "so nearly all images have the same assignment to the prototypes: one prototype if the loss is near 0, all "
+        "prototypes equally if it is near the logarithm of their number. Likely causes, the most likely first: no "
+        "centering, too high a learning rate, a teacher momentum too low for the batch size, too high a teacher "
+        "temperature. Correct these in the method, or divide optimizer.lr by 3 and increase train.warmup_epochs"
+    ),
 }
+UNINFORMED = 0.002  # nats; the assignments of a network before training can be near this value
+ADDED = {"uninformed": 0.0, "information": 0.0}  # entries that the state in checkpoints of version 0.2 lacks
 
 
 class CollapseDetector:
@@ -41,6 +49,12 @@ class CollapseDetector:
         |uniformity|  < 0.5               and < a quarter of its peak
         rankme        < 5                 and < 10 % of its peak
         std           < 0.02 / sqrt(d)    in `patience` consecutive measurements, whatever its peak
+        information   < 0.01              and < 5 % of its peak
+        information   < 0.002             in 4 `patience` consecutive measurements, whatever its peak
+
+    The information (`assignment_information`, in nats) is measured only for methods that assign images to prototypes.
+    The embeddings of such a method may still differ when all images have the same assignment. Healthy runs of DINO on
+    ImageNet keep assignments near the uniform one for many steps, so the last condition is slow.
 
     One measurement that is low, but not far below the peak, does not fire an alarm, because the embeddings of a healthy
     network without BatchNorm are nearly equal in early training. The limit of 5 for rankme is low, because embeddings
@@ -56,23 +70,28 @@ class CollapseDetector:
             raise ValueError(f"grace={grace} and patience={patience} must be at least 1 measurement")
         self.grace = grace
         self.patience = patience
-        self._state = {"seen": 0.0, "alarms": 0.0, "stuck": 0.0, "std": 0.0, "spread": 0.0, "rankme": 0.0}
+        self._state = {"seen": 0.0, "alarms": 0.0, "stuck": 0.0, "std": 0.0, "spread": 0.0, "rankme": 0.0} | ADDED
 
     def update(self, values: Mapping[str, float], *, dim: int) -> str | None:
         """Add one measurement; return an explanation if the representation has collapsed, else None.
 
-        `values` holds the metrics that `health.measure` returns for embeddings of width `dim`. A measurement with a
-        non-finite value is ignored, because non-finite values are not a collapse.
+        `values` holds the metrics that `health.measure` returns for embeddings of width `dim`, and
+        `assignment_information` if the method has assignments. A measurement with a non-finite value is ignored,
+        because non-finite values are not a collapse.
         """
         std, spread, rank = values["std"], -values["uniformity"], values["rankme"]
-        if not all(math.isfinite(v) for v in (std, spread, rank)):
+        information = values.get("assignment_information", 0.0)
+        if not all(math.isfinite(v) for v in (std, spread, rank, information)):
             return None
         state = self._state
         state["seen"] += 1
-        for name, value in (("std", std), ("spread", spread), ("rankme", rank)):
+        for name, value in (("std", std), ("spread", spread), ("rankme", rank), ("information", information)):
             state[name] = max(state[name], value)
         state["stuck"] = state["stuck"] + 1 if std * math.sqrt(dim) < 0.02 else 0.0
         verdict = self._alarm(std, spread, rank, dim)
+        if "assignment_information" in values:
+            state["uninformed"] = state["uninformed"] + 1 if information < UNINFORMED else 0.0
+            verdict = self._alarm_of_assignments(information) or verdict
         if state["seen"] <= self.grace or verdict is None:
             state["alarms"] = 0.0
             return None
@@ -100,12 +119,24 @@ class CollapseDetector:
             return f"RankMe is {rank:.3g}, below 10 % of its maximum {peak['rankme']:.3g}, {_ADVICE['rank']}"
         return None
 
+    def _alarm_of_assignments(self, information: float) -> str | None:
+        """Check the conditions of an alarm for the information of the assignments. Return its message, or None."""
+        peak = self._state["information"]
+        if (information < 0.01 and information < 0.05 * peak) or self._state["uninformed"] >= 4 * self.patience:
+            found = f"assignment_information is {information:.2g} nats (its maximum was {peak:.2g})"
+            return f"{found}, {_ADVICE['assignments']}"
+        return None
+
     def state_dict(self) -> dict[str, float]:
         """Return the peaks and the counters as floats."""
         return dict(self._state)
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Restore a state that `state_dict` returned. Raises ValueError if `state` has missing or additional keys."""
+        """Restore a state that `state_dict` returned. Raises ValueError if `state` has missing or additional keys.
+
+        Entries in `ADDED` may be missing, because an older version did not measure them.
+        """
+        state = ADDED | dict(state)
         if set(state) != set(self._state):
             raise ValueError(
                 f"collapse detector state has {sorted(state)}, but needs {sorted(self._state)}: start a new run"

@@ -18,6 +18,7 @@ from sslcli.engine import checkpoint, collapse, health
 from sslcli.engine.slow_data import SlowData
 from sslcli.errors import NotFinite, TrainingFailed, printable
 from sslcli.methods.base import Method
+from sslcli.nn.assignments import Assignments
 from sslcli.report import pictures
 from sslcli.report.console import Screen, percent
 from sslcli.report.metrics import Metrics
@@ -203,7 +204,7 @@ class Monitor:
         if is_measured:
             self.warn_of_divergence(step, method)
         if self.health_is_due(step) and method.embeddings:
-            values, verdict = self.measure_health(method.embeddings)
+            values, verdict = self.measure_health(method.embeddings, method.assignments)
             line |= values
             self.has_collapsed &= verdict is not None
         if self.probe is not None and is_measured:
@@ -251,13 +252,19 @@ class Monitor:
         self.seconds_evaluating = 0.0
         return values
 
-    def measure_health(self, embeddings: tuple[Tensor, ...]) -> tuple[dict[str, float], str | None]:
+    def measure_health(
+        self, embeddings: tuple[Tensor, ...], assignments: Assignments | None
+    ) -> tuple[dict[str, float], str | None]:
         """Return the health metrics over all processes, and an explanation if the model has collapsed, else None.
 
         embeddings: (n, d) embeddings of this process for each view; the first two views are used.
+        assignments: the summary of the assignments of this process to prototypes, if the method has prototypes.
         """
         views = [collectives.all_gather(view)[:HEALTH_ROWS] for view in embeddings[:2]]
         values = health.measure(*views)
+        if assignments is not None:
+            whole = Assignments(*(collectives.all_reduce_mean(each) for each in assignments))
+            values["assignment_information"] = float(whole.information())
         verdict = self.detector.update(values, dim=views[0].shape[1])
         return {f"health/{name}": value for name, value in values.items()}, verdict
 

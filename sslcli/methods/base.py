@@ -12,6 +12,7 @@ from sslcli.backbones.base import Backbone
 from sslcli.config.moved import reject_old_attributes
 from sslcli.distributed.devices import copy_to
 from sslcli.methods.mixture import UnMix
+from sslcli.nn.assignments import Assignments
 from sslcli.nn.modes import evaluating
 
 RENAMED = {  # old name of a class attribute in version 0.1 -> current name
@@ -71,6 +72,8 @@ class Method(nn.Module):
             each of them, so only the backbone is compiled.
         embeddings: detached embeddings of the last forward pass, one tensor (N, D) per view. The health metrics are
             computed from them.
+        assignments: summary of the last forward pass of a method that assigns images to prototypes, see `summarize` in
+            sslcli.nn.assignments. The collapse detection also uses it. None = the method has no assignments.
         head_layers: the number of layers of the projection head whose output `head_features` can return; 0 = none.
         finetune_layer: fine-tuning starts from the output of this layer of the projection head; 0 = the output of the
             backbone.
@@ -86,6 +89,7 @@ class Method(nn.Module):
     has_varying_shapes: bool = False
     evaluated_part: str = "backbone"
     embeddings: tuple[Tensor, ...] = ()
+    assignments: Assignments | None = None
     head_layers: int = 0
     finetune_layer: int = 0
     mixture: UnMix | None

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sslcli.distributed.collectives import all_reduce_mean
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, GroupOptions, Method, num_features
+from sslcli.nn.assignments import summarize
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.contrastive import check_momentum, check_temperature
 from sslcli.nn.ema import ema_update, frozen_copy
@@ -156,7 +157,8 @@ class DINO(Method):
         self.embeddings = tuple(bottleneck.detach().view(len(views), len(views[0]), -1)[:NUM_GLOBAL])
         self.new_centers.append(all_reduce_mean(teacher.mean((0, 1))))
         loss = cross_entropy_of_views(student, target, temperature=self.temperature)
-        entropy = torch.special.entr(target).sum(2).mean()
+        self.assignments = summarize(target)
+        entropy = self.assignments.entropy
         return {"loss": loss, "teacher_entropy": entropy, "divergence": loss.detach() - entropy}
 
     def check_views(self, views: list[Tensor]) -> None:

@@ -19,6 +19,7 @@ from sslcli.backbones.base import Backbone
 from sslcli.distributed.collectives import all_reduce_mean
 from sslcli.methods.base import Batch, num_features, token_backbone
 from sslcli.methods.dino import DINO, NUM_GLOBAL, centered, cross_entropy_of_views, teacher_temperature_at
+from sslcli.nn.assignments import summarize
 from sslcli.nn.contrastive import check_temperature
 from sslcli.nn.masks import BLOCKS, block_mask, choice_of_ratios
 from sslcli.nn.modes import full_precision
@@ -152,7 +153,8 @@ class IBOT(DINO):
         whole = cross_entropy_of_views(student_class, target, temperature=self.temperature)
         parts = cross_entropy_of_patches(student_patches, patch_target, mask, temperature=self.temperature)
         further = self.further_terms(tokens[:, 0].view(NUM_GLOBAL, count, -1))
-        entropy = torch.special.entr(target).sum(2).mean()
+        self.assignments = summarize(target)
+        entropy = self.assignments.entropy
         loss = self.class_weight * whole + self.patch_weight * parts
         return {
             "loss": sum(further.values(), loss),

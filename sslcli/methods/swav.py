@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sslcli.distributed.collectives import all_gather, local, rank, world_size
 from sslcli.errors import check_positive
 from sslcli.methods.base import Batch, GroupOptions, Method, num_features
+from sslcli.nn.assignments import summarize
 from sslcli.nn.batch_norm import SyncBatchNorm, convert_batch_norm
 from sslcli.nn.contrastive import check_temperature
 from sslcli.nn.heads import mlp
@@ -112,6 +113,7 @@ class SwAV(Method):
         z = F.normalize(full_precision(projections), dim=1).view(len(batch.views), -1, projections.shape[1])
         scores = self.scores(z)  # (V, N, K)
         self.embeddings = tuple(z[:NUM_CODES].detach())
+        self.assignments = summarize(F.softmax(scores[:NUM_CODES].detach() / self.temperature, dim=2))
         codes = torch.stack([self.codes(scores[view].detach(), self.queue[view]) for view in range(NUM_CODES)])
         if self.fills_queue:
             self.new_rows.append(torch.stack([all_gather(rows) for rows in self.embeddings]))

@@ -160,7 +160,7 @@ def measure(job: Run, per_pass: int) -> tuple[int, int, float] | None:
 def release_memory(job: Run) -> None:
     """Free the memory of earlier steps, also of a step that failed, and reset the peak memory."""
     job.optimizer.zero_grad(set_to_none=True)
-    job.method.embeddings = ()
+    job.method.embeddings, job.method.assignments = (), None
     job.scaler = precision.grad_scaler(job.device, job.precision)  # a failed step leaves it between two calls
     gc.collect()
     if job.device.type == "cuda":

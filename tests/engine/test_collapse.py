@@ -136,3 +136,30 @@ def test_byol_without_predictor_and_momentum_is_told_within_200_steps():
 
 def test_byol_as_published_is_not_told():
     assert not train_byol(predictor=True, momentum=0.99)
+
+
+def informed(information: float) -> dict[str, float]:
+    return healthy() | {"assignment_information": information}
+
+
+def test_assignments_that_lose_their_information_are_told_though_the_embeddings_differ():
+    assert verdicts([informed(0.9)] * 3 + [informed(0.001)] * 3) == [False] * 4 + [True] * 2
+    detector = CollapseDetector()
+    messages = [detector.update(informed(value), dim=64) for value in (0.9, 0.9, 0.9, 0.004, 0.004)]
+    assert re.search(
+        r"assignment_information is 0.004 nats \(its maximum was 0.9\), so nearly all .*no centering", messages[-1]
+    )
+    assert len(messages[-1]) < 600
+
+
+def test_assignments_with_little_information_are_healthy_unless_they_never_get_any():
+    assert not any(verdicts([informed(value) for value in (0.001, 0.001, 0.003, 0.009, 0.008, 0.004, 0.2)]))
+    assert not any(verdicts([informed(value) for value in (0.36, 0.25, 0.16, 0.07, 0.055)]))
+    assert verdicts([informed(0.0015)] * 42).index(True) == 40
+
+
+def test_a_state_without_assignments_is_that_of_an_older_version():
+    detector = CollapseDetector()
+    old = {name: value for name, value in detector.state_dict().items() if name not in ("uninformed", "information")}
+    detector.load_state_dict(old | {"seen": 7.0})
+    assert detector.state_dict() == CollapseDetector().state_dict() | {"seen": 7.0}

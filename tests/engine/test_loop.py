@@ -30,6 +30,8 @@ HEALTHY = [
     "barlow_twins",
     "vicreg",
     "dino",
+    "ibot",
+    "dinov2",
     "lejepa",
     "densecl",
 ]
@@ -160,6 +162,9 @@ def test_a_healthy_run_is_not_flagged(tmp_path: Path, method: str) -> None:
     smaller = {"byol": ["method.hidden=64"], "moco_v3": ["method.hidden=64"], "moco": ["method.queue_size=256"]}
     smaller |= {name: ["method.hidden=64", "method.dim=64"] for name in ("barlow_twins", "vicreg", "nnclr")}
     smaller["dino"] = ["method.hidden=64", "method.num_prototypes=256"]
+    vit = ["method.hidden=64", "method.num_views=2", "views=simclr_cifar"]
+    vit += ["backbone.width=16", "backbone.depth=1", "backbone.num_heads=2"]
+    smaller |= {name: [*vit, "method.num_prototypes=128"] for name in ("ibot", "dinov2")}
     smaller["densecl"] = ["method.queue_size=256"]
     smaller["lejepa"] = ["method.hidden=64"]
     smaller["ressl"] = ["method.hidden=64", "method.queue_size=256"]

@@ -20,6 +20,7 @@ from sslcli.engine import monitor as monitor_module
 from sslcli.engine.monitor import MetricMeans, Monitor
 from sslcli.errors import NotFinite, TrainingFailed
 from sslcli.methods.base import Method
+from sslcli.nn.assignments import summarize
 from sslcli.report.console import Screen
 from sslcli.report.metrics import read
 
@@ -385,6 +386,26 @@ def watched_by_two(run_dir: Path) -> tuple[dict[str, float], tuple[int, str], bo
     monitor.start(0, 2)
     monitor.close()
     return window.means(), bad, monitor.writes
+
+
+def health_of(run_dir: Path, rows: slice) -> dict[str, float]:
+    """Health metrics of some of 8 images with their assignments to 3 prototypes."""
+    generator = torch.Generator().manual_seed(0)
+    z, logits = torch.randn(8, 4, generator=generator), 3 * torch.randn(8, 3, generator=generator)
+    values, _ = make_monitor(run_dir).measure_health((z[rows],), summarize(logits.softmax(1)[rows]))
+    return values
+
+
+def health_of_my_half(run_dir: Path) -> dict[str, float]:
+    start = 4 * torch.distributed.get_rank()
+    return health_of(run_dir, slice(start, start + 4))
+
+
+def test_health_is_measured_over_the_images_of_all_processes(tmp_path: Path, pair: Pair) -> None:
+    whole = health_of(tmp_path, slice(8))
+    assert 0.1 < whole["health/assignment_information"] < math.log(3)
+    for found in pair.run(health_of_my_half, tmp_path):
+        assert found == pytest.approx(whole, rel=1e-5)
 
 
 def test_processes_share_means_and_what_went_wrong_and_one_writes(tmp_path: Path, pair: Pair) -> None:
