@@ -84,6 +84,7 @@ class Synchronizations(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+        self.pinned: list[Tensor] = []
         self.kernels: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -95,7 +96,8 @@ class Synchronizations(TorchDispatchMode):
         if inputs or output:
             self.check(func, args, kwargs, tensors, output)
         if func is aten._pin_memory.default:
-            return args[0]
+            self.pinned.append(args[0].clone())
+            return self.pinned[-1]
         if device is not None:
             kwargs = kwargs | {"device": CPU}
         host_args, host_kwargs = tree_map(to_host, (args, kwargs))
@@ -113,6 +115,9 @@ class Synchronizations(TorchDispatchMode):
         if packet in COPIES:
             between = bool(hosts) or not output
             waits = between and not (output and (kwargs.get("non_blocking") or True in args[2:]))
+            # The driver may wait for the GPU before it reads memory that is not pinned, unless it is a single number.
+            pinned = [any(host is one for one in self.pinned) or not host.ndim for host in hosts]
+            waits = waits or (between and not all(pinned))
         elif packet in INDEXING:
             masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
             waits = bool(masks or [index for index in args[1] if any(index is host for host in hosts)])

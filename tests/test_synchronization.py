@@ -94,7 +94,7 @@ def batch_on_device(loader: Loader, step: int) -> Batch:
     request = next(loader.requests(step, step + 1))
     position = loader.source.splits["train"][request.index]
     assert loader.source.images is not None
-    images = loader.source.images[position].to(CUDA, non_blocking=True)
+    images = loader.source.images[position].pin_memory().to(CUDA, non_blocking=True)
     crops = [loader.crop(images, loader.key(request), numbers) for numbers in loader.views.groups]
     return loader.batch(request, crops, position)
 
@@ -144,7 +144,7 @@ def test_a_logged_step_copies_the_means_and_the_first_bad_step_once(tmp_path: Pa
 def test_the_health_metrics_are_copied_together() -> None:
     z = torch.randn(8, 4)
     with counted() as counter:
-        on_device = z.to(CUDA, non_blocking=True)
+        on_device = z.pin_memory().to(CUDA, non_blocking=True)
         values = health.measure(on_device, on_device)
     assert Counter(place.partition(" ")[0] for place in counter.found) == {"_linalg_svd": 2, "_to_copy": 1}
     assert values == pytest.approx(health.measure(z, z))
@@ -168,6 +168,8 @@ def test_the_counter_finds_what_waits_and_nothing_else() -> None:
             lambda: x.tolist(),
             lambda: x.cpu(),
             lambda: host.to(CUDA),
+            lambda: host.to(CUDA, non_blocking=True),
+            lambda: host.pin_memory().to(CUDA),
             lambda: host.to(x),
             lambda: x.copy_(host),
             lambda: host.copy_(x),
@@ -182,8 +184,8 @@ def test_the_counter_finds_what_waits_and_nothing_else() -> None:
             assert waits(compute) == 1
         for compute in (
             lambda: x.new_full((), 1.0) + torch.full((), 2.0, device=CUDA),
-            lambda: host.to(CUDA, non_blocking=True),
-            lambda: x.copy_(host, non_blocking=True),
+            lambda: host.pin_memory().to(CUDA, non_blocking=True),
+            lambda: x.copy_(host.pin_memory(), non_blocking=True),
             lambda: x[torch.arange(2, device=CUDA)],
             lambda: torch.where(x > 1, x, 0.0) + x.masked_fill(x > 1, 0.0),
             lambda: x.to(torch.float64).sort().values[0] * torch.tensor(2.0),

@@ -72,10 +72,15 @@ def uses_deterministic_kernels(setting: Literal["auto"] | bool, device: torch.de
 def copy_to(device: torch.device, values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return `values` on `device`, with the dtype `dtype` if it is given. A copy to a CUDA device does not block.
 
+    Values on the CPU are first copied to pinned memory, because the driver may wait for the GPU before it reads other
+    memory. torch keeps the pinned memory until the copy has ended.
+
     Copies to MPS block. A copy that does not block reads the memory of `values` later there, when the memory of a
     temporary tensor may already be in use again.
     """
-    return values.to(device, dtype, non_blocking=device.type == "cuda")
+    if device.type != "cuda" or values.device.type != "cpu":
+        return values.to(device, dtype, non_blocking=device.type == "cuda")
+    return values.to(dtype or values.dtype).pin_memory().to(device, non_blocking=True)
 
 
 @lru_cache(maxsize=64)

@@ -234,14 +234,23 @@ def test_the_number_of_threads_is_the_first_that_is_set(monkeypatch: pytest.Monk
         torch.set_num_threads(before)
 
 
-def test_only_copies_to_cuda_do_not_wait() -> None:
+def test_only_copies_to_cuda_do_not_wait_and_read_pinned_memory() -> None:
+    calls: list[object] = []
+
     class Values(torch.Tensor):
         def to(self, *_: Any, **options: Any) -> Any:
-            return options["non_blocking"]
+            calls.append(options.get("non_blocking"))
+            return self
+
+        def pin_memory(self, *_: Any) -> Any:
+            calls.append("pinned")
+            return self
 
     values = torch.zeros(2).as_subclass(Values)
-    copies = [devices.copy_to(torch.device(name), values) for name in ("cuda:1", "mps", "cpu")]
-    assert copies == [True, False, False]
+    for name, expected in (("cuda:1", [None, "pinned", True]), ("mps", [False]), ("cpu", [False])):
+        calls.clear()
+        devices.copy_to(torch.device(name), values)
+        assert calls == expected
 
 
 def test_copies_have_the_dtype_that_is_asked_for() -> None:
