@@ -78,10 +78,16 @@ def embed_to_file(config: EmbedConfig) -> None:
                 raise ConfigError(f"out is {out}, which exists with other features: remove it, or choose another file")
             screen.say(f"these features are complete already: {out}")
             if parts_folder.exists():
-                Parts(parts_folder, provenance["identity"]).remove()
+                with Parts(parts_folder, provenance["identity"]) as parts:
+                    parts.remove()
             return
         with Parts(parts_folder, provenance["identity"]) as parts:
             resumed, started = parts.done, time.monotonic()
+            if parts.removed:
+                screen.warn(
+                    f"{parts.removed} part files of an earlier command were removed, because its checkpoint, images, "
+                    "device or settings differ"
+                )
             if resumed:
                 screen.say(f"resuming after {resumed:,} of {embedding.total:,} images")
             extract(embedding, parts, screen)

@@ -43,6 +43,9 @@ class Parts:
     Attributes:
         done: number of images in part files and in memory.
         num_features: number of features per image; 0 before the first batch.
+        rows: number of readable images in part files.
+        unreadable: path -> reason, of the unreadable images in part files.
+        removed: number of part files with another identity, which were removed.
 
     Raises ConfigError if another process writes into the folder.
     """
@@ -59,7 +62,7 @@ class Parts:
         if lock is None:
             raise ConfigError(f"another process writes {folder}: wait until it ends, or set out to another file")
         self.lock: IO[str] = lock
-        self.remove_others(identity)
+        self.removed = self.remove_others(identity)
         self.paths: list[Path] = []
         self.done = self.num_features = self.rows = 0
         self.unreadable: dict[str, str] = {}
@@ -68,17 +71,20 @@ class Parts:
         for path in sorted(folder.glob("part-*.npz")):
             self.resume(path)
 
-    def remove_others(self, identity: str) -> None:
-        """Remove the part files unless they have the identity. Then store the identity."""
+    def remove_others(self, identity: str) -> int:
+        """Remove the part files unless they have the identity, store the identity, and return the number of files."""
         path = self.folder / "identity.json"
         try:
             stored = read_json(path, Identity, remedy="remove it")["identity"]
         except (FileNotFoundError, DamagedFile):
             stored = ""
-        if stored != identity:
-            for part in self.folder.glob("part-*.npz"):
-                part.unlink()
-            atomic.replace(path, json.dumps({"identity": identity}).encode())
+        if stored == identity:
+            return 0
+        others = list(self.folder.glob("part-*.npz"))
+        for part in others:
+            part.unlink()
+        atomic.replace(path, json.dumps({"identity": identity}).encode())
+        return len(others)
 
     def resume(self, path: Path) -> None:
         """Use a part file of an earlier process. Remove it if it is damaged, or if a part before it is missing."""
