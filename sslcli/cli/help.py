@@ -59,7 +59,7 @@ EXITS = {
   0 done, also if some images cannot be read (they are listed)   2 invalid configuration or data
   3 a data worker died, or the disk is full   75 stopped by a signal: run again to resume""",
     "export": """\
-  0 done   2 invalid configuration, or a file cannot be read or written""",
+  0 done   2 invalid configuration, an unreadable or unwritable file, or other features   3 the disk is full""",
 }
 
 
