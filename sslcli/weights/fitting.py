@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +42,16 @@ class Place:
         return not (self.missing or self.unknown or self.shapes)
 
 
-def names_of(net: nn.Module) -> dict[str, Any]:
-    """Return the state dict of `net` by the names without a wrapper's, and without states of random numbers."""
-    return {name: value for name, value in unwrapped(net, net.state_dict()).items() if not is_noise_state(name)}
+def names_of(net: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of `net` by name, without the name of a wrapper.
+
+    States of random number generators, and extra states that are no tensors, are omitted.
+    """
+    state = unwrapped(net, net.state_dict())
+    return {name: value for name, value in state.items() if isinstance(value, Tensor) and not is_noise_state(name)}
 
 
-def places(flat: Flat, own: dict[str, Any]) -> Iterator[Place]:
+def places(flat: Flat, own: dict[str, Tensor]) -> Iterator[Place]:
     """Yield every place in a flattened checkpoint that has a name of a network, the most names first.
 
     `own` are the names of the network with their tensors, see `names_of`.
@@ -57,7 +60,7 @@ def places(flat: Flat, own: dict[str, Any]) -> Iterator[Place]:
         yield place(flat, prefix, own)
 
 
-def place(flat: Flat, prefix: str, own: dict[str, Any]) -> Place:
+def place(flat: Flat, prefix: str, own: dict[str, Tensor]) -> Place:
     """Compare the tensors under `prefix` of a flattened checkpoint with a network, see `places`."""
     state, missing, shapes, notes = {}, [], [], []
     for name, tensor in own.items():

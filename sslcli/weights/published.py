@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sslcli.backbones.base import Backbone
 from sslcli.errors import ConfigError
-from sslcli.weights.files import is_noise_state, with_noise_states
+from sslcli.nn.transformer import Attention
+from sslcli.weights.files import is_noise_state, wrapped
 from sslcli.weights.fitting import Place, names_of, places
 from sslcli.weights.key_layouts import LAYOUTS, Flat, flattened
 from sslcli.weights.nearest import nearest_backbone
 from sslcli.weights.prefixes import groups, matches, rank
 
-WIDTH_OF_MOCO_V3_SMALL = 384  # its ViT-S has 12 heads, that of DeiT and of timm 6; the shapes of the weights are equal
+# The ViT-S of DeiT, timm and sslcli has 6 heads, and its weights have the same shapes.
+MOCO_V3_SMALL = {"width": 384, "num_heads": 12}
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ def _is_meant(found: str, wanted: str | None, net: nn.Module) -> bool:
     """Return True if the prefix `wanted` of the user, or of a run, means the prefix `found`."""
     if wanted is None:
         return True
-    name = getattr(net, "wrapped_name", "")
+    name = net.wrapped_name if isinstance(net, Backbone) else ""
     return matches(found, wanted) or (bool(name) and matches(found, f"{wanted.rstrip('.')}.{name}".lstrip(".")))
 
 
@@ -130,49 +132,45 @@ def _chosen(fitting: list[Place], where: str, key: str) -> Place:
 
 def _found(place: Place, fitting: list[Place], flat: Flat, number: int, net: nn.Module) -> Found:
     """Return the weights at `place` in the flattened checkpoint `flat`, which has `number` tensors as stored."""
-    wrapped = dict(zip(names_of(net), (n for n in net.state_dict() if not is_noise_state(n)), strict=True))
-    own, notes = net.state_dict(), list(place.notes)
-    state: dict[str, Any] = {}
-    dtypes: Counter[str] = Counter()
-    for name, value in place.state.items():
-        wanted = own[wrapped[name]].dtype
-        if value.dtype != wanted and value.is_floating_point():
-            dtypes[str(value.dtype).removeprefix("torch.")] += 1
-        state[wrapped[name]] = value.to(wanted)
-    notes += [f"converted from {dtype}" for dtype in dtypes]
-    broken = [name for name, value in state.items() if isinstance(value, Tensor) and not value.isfinite().all()]
+    own, notes = names_of(net), list(place.notes)
+    state = {name: value.to(own[name].dtype) for name, value in place.state.items()}
+    changed = {value.dtype for name, value in place.state.items() if value.dtype != state[name].dtype}
+    notes += [f"converted from {dtype}" for dtype in sorted(str(dtype).removeprefix("torch.") for dtype in changed)]
+    broken = [name for name, value in state.items() if not value.isfinite().all()]
     notes += [f"{len(broken)} tensors are not finite, such as {broken[0]}"] if broken else []
-    notes += _doubts(place, state)
+    notes += _doubts(place, net)
     dropped = groups(
-        (key for key in flat if key.removeprefix(place.prefix) not in place.state or not key.startswith(place.prefix)),
+        (key for key in flat if not key.startswith(place.prefix) or key[len(place.prefix) :] not in place.state),
         place.prefix,
     )
     others = tuple(other.prefix for other in fitting if other is not place)
-    state = with_noise_states(state, own)
-    return Found(state, place.prefix, number - sum(dropped.values()), dropped, others, tuple(notes))
+    whole = net.state_dict()
+    rest = {name: value for name, value in whole.items() if is_noise_state(name) or not isinstance(value, Tensor)}
+    return Found(
+        rest | wrapped(net, state), place.prefix, number - sum(dropped.values()), dropped, others, tuple(notes)
+    )
 
 
-def _doubts(place: Place, state: dict[str, Any]) -> list[str]:
+def _doubts(place: Place, net: nn.Module) -> list[str]:
     """Return notes about differences between published networks that the shapes of their weights do not show."""
-    token = state.get("cls_token")
-    if "base_encoder" in place.prefix and token is not None and token.shape[-1] == WIDTH_OF_MOCO_V3_SMALL:
+    token = place.state.get("cls_token")
+    is_small = token is not None and token.shape[-1] == MOCO_V3_SMALL["width"]
+    heads = {part.num_heads for part in net.modules() if isinstance(part, Attention)}
+    if "base_encoder" in place.prefix and is_small and heads - {MOCO_V3_SMALL["num_heads"]}:
         return ["MoCo v3's own ViT-S has 12 heads, which needs backbone.num_heads=12"]
     return []
 
 
 def _refusal(
-    best: Place | None, flat: Flat, own: dict[str, Any], prefix: str | None, where: str, key: str
+    best: Place | None, flat: Flat, own: dict[str, Tensor], prefix: str | None, where: str, key: str
 ) -> ConfigError:
     """Return the error of a checkpoint that does not fit. `best` is the place with the most tensors that fit."""
     hint = suggested_backbone(flat)
     if best is None:
         if prefix is not None:
-            known = [place.prefix for layout in LAYOUTS for place in places(layout(flat) or {}, own) if place.fits]
-            offer = (
-                f"these fit: {', '.join(map(repr, sorted(set(known), key=rank)))}"
-                if known
-                else "no other prefix fits either"
-            )
+            known = {place.prefix for layout in LAYOUTS for place in places(layout(flat) or {}, own) if place.fits}
+            names = ", ".join(map(repr, sorted(known, key=lambda found: (rank(found), found))))
+            offer = f"these fit: {names}" if known else "no other prefix fits either"
             return ConfigError(f"{key} is {prefix!r}, but {where} has no weights of the backbone there; {offer}")
         starts = ", ".join(list(flat)[:3])
         return ConfigError(

@@ -12,6 +12,7 @@ import pytest
 from sslcli.config.paths import (
     absolute,
     absolute_paths,
+    absolute_source,
     map_paths,
     numbers_as_text,
     paths_of,
@@ -51,6 +52,12 @@ def test_absolute_forms(here: Path) -> None:
         ConfigError, match=r"'~nobody-knows/a' begins with '~nobody-knows', .* home directory is unknown"
     ):
         absolute("~nobody-knows/a")
+
+
+def test_paths_of_weights_may_follow_the_name_of_a_source(here: Path) -> None:
+    assert absolute_source("net.pt") == str(here / "net.pt")
+    assert absolute_source("run:runs/a") == f"run:{here}/runs/a"
+    assert absolute_source("timm:hf-hub:a/b") == "timm:hf-hub:a/b"
 
 
 def test_a_parent_behind_a_link_is_the_parent_of_where_the_link_leads(here: Path) -> None:

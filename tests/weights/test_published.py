@@ -388,3 +388,22 @@ def test_the_heads_of_moco_v3_are_reported() -> None:
     found = found_in(under("module.base_encoder.", net.state_dict()), net)
     assert found.notes == ("MoCo v3's own ViT-S has 12 heads, which needs backbone.num_heads=12",)
     assert found_in(net.state_dict(), net).notes == ()
+    with_twelve = VisionTransformer(image_size=16, patch_size=8, width=384, depth=1, num_heads=12)
+    assert found_in(under("module.base_encoder.", net.state_dict()), with_twelve).notes == ()
+
+
+class WithExtraState(nn.Linear):
+    def get_extra_state(self) -> str:
+        return "own"
+
+    def set_extra_state(self, state: str) -> None:
+        assert state == "own"
+
+
+def test_states_that_are_not_weights_keep_the_values_of_the_network() -> None:
+    net = WithExtraState(2, 2)
+    found = found_in({"module.weight": HEAD, "module.bias": HEAD[0]}, net)
+    net.load_state_dict(found.state)
+    dropping = own_vit(drop_path=0.1)
+    dropping.load_state_dict(found_in(own_vit().state_dict(), dropping).state)
+    own_vit().load_state_dict(found_in(dropping.state_dict(), own_vit()).state)
