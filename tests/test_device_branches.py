@@ -74,8 +74,8 @@ distributed/devices.py:total_memory runs/test_batch_size_search.py:test_memory_o
 runs/out_of_memory.py:_peak runs/test_out_of_memory.py:test_what_takes_the_memory_is_listed
 runs/out_of_memory.py:memory_usage runs/test_out_of_memory.py:test_what_takes_the_memory_is_listed
 runs/slurm/job.py:check_gpus test_device_branches.py:test_a_node_without_its_gpus_is_refused
-sweeps/queue.py:cuda_devices sweeps/test_queue.py:test_the_devices_are_those_that_the_sweep_may_see
-sweeps/queue.py:slots_of sweeps/test_queue.py:test_a_named_gpu_takes_one_job_at_a_time_and_slurm_takes_all
+sweeps/slots.py:cuda_devices sweeps/test_slots.py:test_the_devices_are_those_that_the_sweep_may_see
+sweeps/slots.py:slots_of sweeps/test_slots.py:test_a_named_gpu_takes_one_job_at_a_time_and_slurm_takes_all
 """.strip().splitlines()
 )
 

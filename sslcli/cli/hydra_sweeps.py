@@ -35,7 +35,8 @@ from sslcli.errors import ConfigError
 from sslcli.report.terminal import print_text
 from sslcli.runs.identity import digest_of
 from sslcli.sweeps.job import Job, Sweep, job_of, read_or_create_record, read_record
-from sslcli.sweeps.queue import Slot, forwarded_signals, run_queue
+from sslcli.sweeps.queue import forwarded_signals, run_queue
+from sslcli.sweeps.slots import Slot
 from sslcli.sweeps.status import FINISHED, status_of
 from sslcli.sweeps.table import value_of
 from sslcli.system.child_processes import safe_children

@@ -29,7 +29,7 @@ class Generators(TypedDict):
 
 
 class Means(TypedDict):
-    """State of `sslcli.engine.monitor.MetricMeans` in a checkpoint."""
+    """State of `sslcli.engine.metric_means.MetricMeans` in a checkpoint."""
 
     sums: dict[str, Tensor]
     count: int

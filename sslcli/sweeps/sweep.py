@@ -38,7 +38,8 @@ from sslcli.sweeps.job import (
     read_or_create_record,
     record_settings,
 )
-from sslcli.sweeps.queue import Slot, run_queue, slots_of, wait_for
+from sslcli.sweeps.queue import run_queue, wait_for
+from sslcli.sweeps.slots import Slot, slots_of
 from sslcli.sweeps.status import (
     FAILED,
     INTERRUPTED,

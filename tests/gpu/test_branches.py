@@ -25,7 +25,7 @@ from sslcli.methods.simclr import SimCLR
 from sslcli.nn.batch_norm import _FusedSyncNormalize, _SyncNormalize
 from sslcli.nn.noise import Noise
 from sslcli.runs import slurm_job
-from sslcli.sweeps.queue import cuda_devices
+from sslcli.sweeps.slots import cuda_devices
 from tiny import TinyNet, make_batch
 
 pytestmark = pytest.mark.gpu
