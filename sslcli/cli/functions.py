@@ -91,7 +91,13 @@ def train(overrides: Sequence[str]) -> TrainingResult:
         from sslcli.runs.worker import execute
 
         execute(config)
-    last = checkpoint.all_of(config.directory)[-1]
+        paths = checkpoint.all_of(config.directory)
+    if not paths:
+        raise ConfigError(
+            f"the run {config.directory} is finished, but its checkpoints were deleted: set run_dir to another "
+            "directory, or train it again with resume=never"
+        )
+    last = paths[-1]
     metrics = {name: value for line in read(config.directory / "metrics.jsonl") for name, value in line.items()}
     known = {name: float(value) for name, value in metrics.items() if value is not None and "/" in name}
     return TrainingResult(config.directory, checkpoint.step_of(last), last, known)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -111,7 +112,11 @@ def test_failed_and_stopped_runs_raise_and_can_be_called_again(tmp_path: Path, m
     line[-1] += "2"
     with pytest.raises(Stopped, match="time limit"):
         sslcli.train([*line, "train.max_time=0.001s"])
-    assert sslcli.train(line).step == 3  # the lock of the stopped run was released
+    last = sslcli.train(line).checkpoint  # the lock of the stopped run was released
+    assert last.name == "step-00000003.pt"
+    shutil.rmtree(last.parent)
+    with pytest.raises(ConfigError, match="its checkpoints were deleted"):
+        sslcli.train(line)
     with ThreadPoolExecutor() as pool, pytest.raises(ConfigError, match="main thread"):
         pool.submit(sslcli.train, line).result()
     monkeypatch.setenv("RANK", "0")
