@@ -89,6 +89,9 @@ class WorkerServer:
                 return int(ANSWER.unpack(receive(self.socket, ANSWER.size))[0])
             except (OSError, EOFError):
                 return -1
+            except BaseException:  # a signal handler raised it: the next request would get the answer to this one
+                self.socket.close()
+                raise
 
     def close(self) -> None:
         """End the server. Its workers end too."""

@@ -89,6 +89,19 @@ def test_this_process_forks_workers_if_the_server_cannot(server: WorkerServer, l
     assert {int(batch["parent"]) for batch in found} == {os.getpid()}
 
 
+def test_after_an_interrupted_request_this_process_forks_workers(
+    server: WorkerServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*arguments: object) -> bytes:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker_server, "receive", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            batches(Parents(), range(2))
+    assert {int(batch["parent"]) for batch in batches(Parents(), range(2))} == {os.getpid()}
+
+
 def test_the_server_starts_only_before_cuda_and_only_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(worker_server, "_server", None)
     worker_server.start(torch.device("cpu"))
