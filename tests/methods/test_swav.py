@@ -214,15 +214,20 @@ SHAPES = [
 
 
 def test_on_shapes_the_loss_falls_while_prototypes_stay_in_use_and_the_guard_is_silent(tmp_path: Path) -> None:
-    run = make_run(tmp_path, *SHAPES, "optimizer=adamw", "optimizer.lr=2e-3", "method.sinkhorn_temperature=0.02")
+    """With large crops of as many images as a batch has, 100 of the 200 steps are enough."""
+    easy = ["views=cifar_symmetric_weak", "views.views.0.crop_scale=[0.8,1]", "dataset.limit=128"]
+    fast = ["optimizer=adamw", "optimizer.lr=0.02", "method.freeze_prototypes_epochs=0", "train.max_steps=100"]
+    run = make_run(tmp_path, *SHAPES, *easy, *fast, "method.sinkhorn_temperature=0.02")
     assigned: list[Tensor] = []
     computed = run.method.codes  # type: ignore[operator]
     run.method.codes = lambda *rows: assigned.append(computed(*rows)) or assigned[-1]  # type: ignore
     finish(run)
     lines = read(tmp_path / "metrics.jsonl")
-    assert [line["train/loss"] for line in lines if "train/loss" in line][-1] < math.log(50) - 0.2
+    assert [line["train/loss"] for line in lines if "train/loss" in line][-1] < math.log(50) - 1
     assert len(torch.cat(assigned[-8:]).argmax(1).unique()) > 25
-    assert min(line["health/std"] for line in lines if "health/std" in line) > 0.4 / 32**0.5
+    measured = [line for line in lines if "health/std" in line]
+    assert min(line["health/std"] for line in measured) > 0.7 / 32**0.5
+    assert measured[-1]["health/assignment_information"] > 1.5
 
 
 def test_the_collapse_with_uniform_codes_is_reported(tmp_path: Path) -> None:
@@ -231,6 +236,9 @@ def test_the_collapse_with_uniform_codes_is_reported(tmp_path: Path) -> None:
         finish(run)
     losses = [line["train/loss"] for line in read(tmp_path / "metrics.jsonl") if "train/loss" in line]
     assert losses[-1] == pytest.approx(math.log(50), abs=0.01)
+    found = [line["health/assignment_information"] for line in read(tmp_path / "metrics.jsonl") if "health/std" in line]
+    assert found[0] > 0.5
+    assert found[-1] < 0.003
 
 
 @pytest.mark.parametrize(
