@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,15 +66,16 @@ def export_folder(run: ExportedRun, target: Target, out: Path, screen: Screen) -
     check_folder(out, target)
     weights = run.backbone_weights()
     net = run.backbone(weights)
-    images = images_of(run, screen)
     trained = Trained(
         net=net,
         build=run.new_backbone,
         settings=run.saved["backbone"],
-        preprocessing=run.preprocessing(images),
+        preprocessing=run.preprocessing(is_native=False),
         facts=run.facts,
     )
     check_target(target, trained)
+    images = images_of(run, screen)
+    trained = replace(trained, preprocessing=run.preprocessing(is_native=images.is_native))
     screen.say(f"writing {out}, then comparing features on {images.origin}")
     card = partial(card_of, run, images, usage=target.usage(trained), target=target, table=accuracies(run, screen))
     expected = features_of(net, run.prepare(images.images))
@@ -90,7 +92,7 @@ def export_file(run: ExportedRun, what: str, out: Path, screen: Screen) -> None:
     weights, difference = write_file(run, what, out, images)
     usage, table = USAGE.format(name=out.name), accuracies(run, screen)
     card = card_of(run, images, difference, usage=usage, target=None, table=table)
-    plain = run.preprocessing(images).to_plain(is_normalized_by_model=False)
+    plain = run.preprocessing(is_native=images.is_native).to_plain(is_normalized_by_model=False)
     for name, text in ((PREPROCESSING, json_text(plain)), (CARD, card)):
         atomic.replace(out.with_name(f"{out.name}.{name}"), text.encode())
     rows = {"what": what, "evaluated part": run.method.evaluated_part}
@@ -120,7 +122,7 @@ def card_of(
     return model_card(
         run.facts,
         run.saved.get("about") or {},
-        preprocessing=sentence(run.preprocessing(images), is_normalized_by_model=does_normalize),
+        preprocessing=sentence(run.preprocessing(is_native=images.is_native), is_normalized_by_model=does_normalize),
         usage=usage,
         table=table,
         check=check,

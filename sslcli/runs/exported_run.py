@@ -19,7 +19,6 @@ from sslcli.methods.base import Method
 from sslcli.runs import directory
 from sslcli.runs.build import build_backbone, build_views, find_class
 from sslcli.runs.checkpoint_of_run import load_checkpoint, provenance_of
-from sslcli.runs.export_check import Images
 from sslcli.weights.export.preprocessing import Preprocessing
 from sslcli.weights.files import is_noise_state, load_strictly
 
@@ -121,11 +120,14 @@ class ExportedRun:
         dataset = self.saved["dataset"]
         return self.views.finish(images, mean=dataset["mean"], std=dataset["std"])
 
-    def preprocessing(self, images: Images) -> Preprocessing:
-        """Return the preprocessing of images in evaluations of the run. `images` are images of its dataset."""
+    def preprocessing(self, *, is_native: bool) -> Preprocessing:
+        """Return the preprocessing of images in evaluations of the run.
+
+        `is_native` is True if all images of the dataset have the size of the center crop, so that none is resized.
+        """
         return Preprocessing(
             image_size=self.image_size,
-            resized_side=self.image_size if images.is_native else round(self.image_size * 8 / 7),
+            resized_side=self.image_size if is_native else round(self.image_size * 8 / 7),
             mean=tuple(self.facts["mean"]),
             std=tuple(self.facts["std"]),
             color_space=self.views.color_space,

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from command_line import Cli, installed
+from pages import ROOT, blocks
 
 SAME = ["dataset=shapes", "dataset.limit=200", "dataset.test_images=100"]  # as the run was trained on
 KNN = ["protocol=knn", "baselines=false"]
@@ -110,6 +112,10 @@ def test_a_folder_has_weights_preprocessing_and_a_model_card(trained: Path, cli:
     assert json.loads((out / "preprocessing.json").read_text())["center_crop"] == 32
     assert "# Small, pre-trained with SimCLR on shapes" in (out / "README.md").read_text()
     assert cli("ssl-export", f"run={trained}", f"out={tmp_path / 'net.pt'}").code == 0
+    (code,) = [text for _, text in blocks(ROOT / "docs" / "export.md") if '"net.pt"' in text]
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["exported"]["provenance"]["step"] == 3
     assert {path.name for path in tmp_path.glob("net.pt*")} == {
         "net.pt",
         "net.pt.README.md",

@@ -9,7 +9,6 @@ from torch import Tensor
 from exported import exported_run
 from sslcli.errors import ConfigError
 from sslcli.methods.simclr import SimCLR
-from sslcli.runs.export_check import Images
 
 
 def test_the_backbone_has_the_weights_of_the_checkpoint(run_dir: Path) -> None:
@@ -24,9 +23,9 @@ def test_the_backbone_has_the_weights_of_the_checkpoint(run_dir: Path) -> None:
 
 def test_preprocessing_is_that_of_the_views(run_dir: Path) -> None:
     run, images = exported_run(run_dir), torch.rand(2, 3, 32, 32)
-    given = run.preprocessing(Images(images, "noise", is_native=False))
+    given = run.preprocessing(is_native=False)
     assert (given.image_size, given.resized_side, given.color_space) == (32, 37, "rgb")
-    assert run.preprocessing(Images(images, "images", is_native=True)).resized_side == 32
+    assert run.preprocessing(is_native=True).resized_side == 32
     assert torch.allclose(given.normalize(images), run.prepare(images), atol=1e-6)
 
 
