@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from torch import nn
-
 from sslcli.config.moved import current_config
 from sslcli.config.paths import SOURCES_OF_WEIGHTS
 from sslcli.engine import checkpoint
@@ -19,7 +17,6 @@ from sslcli.runs.build import build_views, check_classes, find_class
 from sslcli.runs.checkpoint_of_run import load_checkpoint, provenance_of
 from sslcli.system.stored import DamagedFile, checked
 from sslcli.weights.files import broken_part
-from sslcli.weights.published import Found, find_weights
 from sslcli.weights.published_files import read_published
 from sslcli.weights.timm_weights import timm_weights
 
@@ -85,17 +82,6 @@ class WeightsSource:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     exported: dict[str, Any] = field(default_factory=dict)
-
-
-def weights_for(spec: str, net: nn.Module, *, prefix: str | None, trust: list[str], key: str) -> Found:
-    """Find the weights of the backbone `net` in a source, see `open_weights` and `find_weights`.
-
-    `prefix` is the prefix that the user chose with the setting `key`. None selects the network that the source states
-    or that the search prefers.
-    """
-    source = open_weights(spec, trust=trust)
-    chosen = source.prefix if prefix is None else prefix
-    return find_weights(source.content, net, prefix=chosen, where=source.where, key=key)
 
 
 def open_weights(spec: str, *, trust: list[str]) -> WeightsSource:

@@ -40,7 +40,7 @@ def _candidates(flat: Flat) -> Iterator[tuple[str, nn.Module | None]]:
         for key in flat:
             if key.endswith("patch_embed.proj.weight"):
                 yield from _vision_transformers(flat, key.removesuffix("patch_embed.proj.weight"))
-            if key.endswith("block1.0.weight"):
+            if key.endswith("block1.0.weight") and flat[key].ndim == 4:
                 width = len(flat[key])
                 yield (
                     f"the file holds the small backbone: backbone=small backbone.width={width}",
@@ -57,7 +57,7 @@ def _vision_transformers(flat: Flat, prefix: str) -> Iterator[tuple[str, nn.Modu
     projection = flat[f"{prefix}patch_embed.proj.weight"]
     positions, registers = flat.get(f"{prefix}pos_embed"), flat.get(f"{prefix}reg_token")
     hidden = flat.get(f"{prefix}blocks.0.mlp.fc1.weight")
-    if projection.ndim != 4 or positions is None or hidden is None:
+    if projection.ndim != 4 or positions is None or positions.ndim != 3 or hidden is None or hidden.ndim != 2:
         return
     width, channels, patch = len(projection), projection.shape[1], projection.shape[2]
     numbers = [re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", key) for key in flat]

@@ -10,7 +10,8 @@ import torch
 from command_line import Cli
 from sslcli.backbones.small import Small
 from sslcli.errors import ConfigError
-from sslcli.runs.weights_source import open_weights, weights_for
+from sslcli.runs.weights_source import open_weights, results_dir_of
+from sslcli.weights.published import find_weights
 
 
 def test_a_run_and_its_exports_give_the_same_weights(trained: Path, cli: Cli, tmp_path: Path) -> None:
@@ -21,11 +22,9 @@ def test_a_run_and_its_exports_give_the_same_weights(trained: Path, cli: Cli, tm
     for spec in (f"run:{trained}", f"{tmp_path}/backbone.pt", f"{tmp_path}/method.pt"):
         source = open_weights(spec, trust=[])
         assert (list(source.mean or ()), len(source.std or ())) == ([0.0, 0.0, 0.0], 3)  # SimCLR does not normalize
-        found = weights_for(spec, net, prefix=None, trust=[], key="init_prefix")
+        found = find_weights(source.content, net, prefix=source.prefix, where=source.where)
         net.load_state_dict(found.state)
         assert torch.equal(found.state["block1.0.weight"], state["backbone.block1.0.weight"])
-    with pytest.raises(ConfigError, match=r"init_prefix is 'head', but .*these fit: ''"):
-        weights_for(f"{tmp_path}/backbone.pt", net, prefix="head", trust=[], key="init_prefix")
 
 
 def test_a_plain_file_states_nothing_about_its_network(tmp_path: Path) -> None:
@@ -35,3 +34,8 @@ def test_a_plain_file_states_nothing_about_its_network(tmp_path: Path) -> None:
     assert source.provenance["weights"] == str(tmp_path / "a.pt")
     with pytest.raises(ConfigError, match=r"config\.yaml"):
         open_weights(f"run:{tmp_path}", trust=[])
+
+
+def test_results_are_written_beside_a_file_and_in_the_working_directory_for_timm() -> None:
+    assert results_dir_of("/a/net.pt") == Path("/a/net.pt.eval")
+    assert results_dir_of("timm:hf-hub:a/b.c") == Path("timm_hf-hub_a_b.c.eval")
