@@ -53,8 +53,8 @@ class CollapseDetector:
         information   < 0.002             in 4 `patience` consecutive measurements, whatever its peak
 
     The information (`assignment_information`, in nats) is measured only for methods that assign images to prototypes.
-    The embeddings of such a method may still differ when all images have the same assignment. Healthy runs of DINO on
-    ImageNet keep assignments near the uniform one for many steps, so the last condition is slow.
+    The embeddings of such a method may still differ when all images have the same assignment. Assignments of a healthy
+    run may be nearly uniform in early training, so the last condition is slow.
 
     One measurement that is low, but not far below the peak, does not fire an alarm, because the embeddings of a healthy
     network without BatchNorm are nearly equal in early training. The limit of 5 for rankme is low, because embeddings
