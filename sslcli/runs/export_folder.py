@@ -66,8 +66,8 @@ def check_folder(out: Path, target: Target) -> None:
     others = sorted(found - own) or sorted(found if found and PREPROCESSING not in found else [])
     if others:
         raise ConfigError(
-            f"out is {out}, a folder that ssl-export did not write (it has {', '.join(others[:3])}): "
-            "choose another path"
+            f"out is {out}, a folder with files that ssl-export did not write ({', '.join(others[:3])}): choose "
+            "another path, or move these files"
         )
 
 

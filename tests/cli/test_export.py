@@ -77,7 +77,7 @@ def test_results_of_a_file_on_other_images_have_names_of_their_own(trained: Path
         ("run={run} format=tim", ["'tim'", "torch, safetensors, torchvision, timm, onnx, hf"]),
         ("run={run} format=torchvision", ["only the ResNets", "Possible formats: torch, safetensors, onnx"]),
         ("run={run} format=safetensors what=method", ["format=safetensors exports only what=backbone"]),
-        ("run={run} format=safetensors out=.", ["did not write", "(it has file, trained)"]),
+        ("run={run} format=safetensors out=.", ["did not write", "(file, trained)"]),
         ("run={run} format=safetensors out=x.safetensors", ["writes a folder", "remove .safetensors"]),
         ("run={run} out=file/in/a/file", ["file/in/a/file, but it cannot be written"]),
         ("run={run} whatt=method", ["whatt", "Did you mean 'what'"]),

@@ -75,7 +75,7 @@ def test_a_file_of_others_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "others").mkdir()
     (tmp_path / "others/README.md").write_text("my own notes")
     check_folder(tmp_path / "empty", TARGET)
-    for name, message in (("file", "a file"), ("others", "did not write .it has README.md"), ("x.pth", "remove .pth")):
+    for name, message in (("file", "a file"), ("others", "did not write .README.md"), ("x.pth", "remove .pth")):
         with pytest.raises(ConfigError, match=message):
             check_folder(tmp_path / name, TARGET)
     (tmp_path / "others/preprocessing.json").write_text("{}")
