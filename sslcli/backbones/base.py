@@ -17,12 +17,14 @@ class Backbone(nn.Module):
         wrapped_name: for a backbone that only wraps a network of another package, the name of the attribute that holds
             this network. Exported weights omit this name from the names of parameters. For other backbones, "".
         patch_size: side of a patch in pixels, for backbones that define `tokens`. For other backbones, None.
+        pretrained: True if the weights are not random, so that no method may shuffle them.
         num_prefix_tokens: number of tokens before the patch tokens in the output of `tokens`, such as 1 class token.
     """
 
     num_features: int
     wrapped_name: str = ""
     patch_size: int | None = None
+    pretrained: bool = False
     num_prefix_tokens: int = 0
 
     def forward(self, images: Tensor) -> Tensor:

@@ -13,29 +13,34 @@ from dataclasses import MISSING, fields
 from functools import cache
 from typing import Any
 
-from sslcli.config.settings import AUTO_KEYS, MonitorSettings, TrainSettings
+from sslcli.config.settings import AUTO_KEYS, NEUTRAL, MonitorSettings, RunSettings, TrainSettings
 from sslcli.config.signatures import literal_defaults
 
-SECTIONS = {"monitor": MonitorSettings, "train": TrainSettings}  # sections without `_target_`
+SECTIONS = {"": RunSettings, "monitor": MonitorSettings, "train": TrainSettings}  # sections without `_target_`
 OTHERS = ("dataset",)  # sections with rules of their own, see `sslcli.config.added`
 
 
 @cache
 def section_defaults(section: str) -> dict[str, Any]:
-    """Return the defaults of the keys of `train` or `monitor`, as key -> default.
+    """Return the defaults of the keys of `train` or `monitor`, or of the top-level keys (""), as key -> default.
 
-    These sections have no `_target_`. Keys without a default are omitted. For any other section, the result is empty.
+    These sections have no `_target_`. Keys without a default, and keys that do not affect results, are omitted. For
+    any other section, the result is empty.
     """
     kind = SECTIONS.get(section)
-    return {} if kind is None else {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+    return (
+        {}
+        if kind is None
+        else {f.name: f.default for f in fields(kind) if f.default is not MISSING and f.name not in NEUTRAL}
+    )
 
 
 def default_of(key: str, flat: Mapping[str, Any]) -> Any:
     """Return the default of a dotted key such as `method.temperature`, or MISSING if no default is known.
 
     The default is that in the constructor of a class. For `method.temperature`, `method._target_` names this class.
-    For keys of `train` and `monitor`, the default is that in `TrainSettings` or `MonitorSettings`. For all keys of
-    `dataset`, the result is MISSING. `flat` is the whole configuration as dotted key -> value.
+    For keys of `train` and `monitor`, and for top-level keys, the default is that in the class of the settings. For all
+    keys of `dataset`, the result is MISSING. `flat` is the whole configuration as dotted key -> value.
     """
     parent, _, name = key.rpartition(".")
     if parent.partition(".")[0] in OTHERS:

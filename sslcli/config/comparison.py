@@ -11,7 +11,7 @@ from typing import Any
 from sslcli.config.added import with_added_keys
 from sslcli.config.class_defaults import default_of
 from sslcli.config.moved import current_config
-from sslcli.config.paths import absolute, map_paths, paths_of, real_path
+from sslcli.config.paths import absolute, convert_source, map_paths, paths_of, real_path
 from sslcli.config.settings import AUTO_KEYS, NEUTRAL
 
 
@@ -70,6 +70,8 @@ def _compared_values(config: dict[str, Any], leave_out: Collection[str]) -> dict
     Paths are replaced by real paths. For the keys in `AUTO_KEYS`, "auto" is replaced by the default of older versions.
     """
     found = flatten(map_paths(config, real_path), leave_out=leave_out)
+    if isinstance(found.get("init"), str):
+        found["init"] = convert_source(found["init"], real_path)
     return found | {key: default_of(key, found) for key in AUTO_KEYS if found.get(key) == "auto"}
 
 

@@ -43,7 +43,7 @@ def absolute_paths(command: str, config: dict[str, Any]) -> dict[str, Any]:
     changed: dict[str, Any] = map_paths(config, absolute)
     for key in PLAIN[command]:
         if isinstance(changed.get(key), str):
-            changed[key] = absolute_source(changed[key])
+            changed[key] = convert_source(changed[key], absolute)
         elif isinstance(changed.get(key), list):
             changed[key] = [absolute(path) for path in changed[key]]
     return changed
@@ -211,12 +211,12 @@ def absolute(path: str) -> str:
     return os.path.join(short if is_same else os.path.realpath(start), *parts[end:])
 
 
-def absolute_source(text: str) -> str:
-    """Return `text` with an absolute path. `run:DIR` keeps its start, and `timm:NAME` is not changed."""
+def convert_source(text: str, convert: Convert) -> str:
+    """Apply `convert` to the path in `text`. `run:DIR` keeps its start, and `timm:NAME` is not changed."""
     run, timm = SOURCES_OF_WEIGHTS
     if text.startswith(timm):
         return text
-    return run + absolute(text.removeprefix(run)) if text.startswith(run) else absolute(text)
+    return run + convert(text.removeprefix(run)) if text.startswith(run) else convert(text)
 
 
 def real_path(path: str) -> str:

@@ -122,6 +122,20 @@ def check_checkpoint(checkpoint: str | int) -> None:
         raise ConfigError(f"checkpoint is {checkpoint!r}, but it must be 'last' or the number of a step")
 
 
+def check_init(init: str | None, prefix: str | None) -> None:
+    """Raise ConfigError unless `init` is None, or FILE, run:DIR or timm:NAME, and `prefix` applies to it.
+
+    Another function checks later whether the file, the run or the model exists.
+    """
+    if init is not None and init.removeprefix("run:").removeprefix("timm:") == "":
+        raise ConfigError(f"init is {init!r}, but it must be FILE, run:DIR or timm:NAME: add a path or a name")
+    if prefix is not None and (init is None or init.startswith("timm:")):
+        raise ConfigError(
+            f"init_prefix is {prefix!r} and init is {init!r}, but a prefix selects weights of a file or a run: set "
+            "init to a file or to run:DIR, or remove init_prefix"
+        )
+
+
 def seconds(name: str, value: str | float | None) -> float | None:
     """Convert a duration such as `90`, `"90s"`, `"10m"`, `"1.5h"` or `"2d"` to seconds. None is returned unchanged.
 
@@ -325,6 +339,8 @@ class RunSettings:
     device: str  # auto, cpu, cuda, cuda:1, mps
     dry_run: bool
     find_batch_size: bool = False  # the default is for the config.yaml files of older versions
+    init: str | None = None  # source of the backbone's initial weights: FILE, run:DIR or timm:NAME; None = random
+    init_prefix: str | None = None  # start of the names of the weights to take from `init`; None = found automatically
     trust: list[str]
     about: dict[str, Any] | None = None  # description of the method, for tables only
 
@@ -337,6 +353,7 @@ class RunSettings:
                 "training, or remove find_batch_size to train"
             )
         check_device(self.device)
+        check_init(self.init, self.init_prefix)
 
 
 @dataclass(frozen=True, kw_only=True)

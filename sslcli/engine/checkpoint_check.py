@@ -60,7 +60,13 @@ class DetectorState(AddedDetectorState):
     rankme: float
 
 
-class MonitorState(TypedDict):
+class MonitorOptions(TypedDict, total=False):
+    """Optional fields of the state of a monitor: only runs with initial weights have them."""
+
+    start_knn: float
+
+
+class MonitorState(MonitorOptions):
     """State of `sslcli.engine.monitor.Monitor` in a checkpoint."""
 
     detector: DetectorState

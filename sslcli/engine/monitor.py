@@ -15,6 +15,7 @@ from torch import Tensor
 from sslcli.config.settings import MonitorSettings
 from sslcli.distributed import collectives, watchdog
 from sslcli.engine import checkpoint, collapse, health
+from sslcli.engine.knn_drop import KnnDrop
 from sslcli.engine.metric_means import MetricMeans
 from sslcli.engine.slow_data import SlowData
 from sslcli.errors import NotFinite, TrainingFailed, printable
@@ -51,6 +52,7 @@ class Monitor:
         together: True if parameters are sharded. All processes must then run `draw`.
         seconds_waited: function that returns the seconds in which the steps waited for images, since the start.
         faster_data: the remedies in the warning about steps that wait for images most of the time.
+        measures_start: True if the probe also runs before the first step, because the run has initial weights.
     """
 
     def __init__(
@@ -67,11 +69,12 @@ class Monitor:
         together: bool = False,
         seconds_waited: Callable[[], float] = lambda: 0.0,
         faster_data: str = "",
+        measures_start: bool = False,
     ) -> None:
         self.settings, self.log_every_steps, self.batch_size = settings, log_every_steps, batch_size
         self.steps_per_epoch, self.run_dir, self.screen, self.probe = steps_per_epoch, run_dir, screen, probe
         self.draw, self.seconds_waited, self.faster_data = draw, seconds_waited, faster_data
-        self.slow_data = SlowData()
+        self.slow_data, self.knn_drop, self.measures_start = SlowData(), KnnDrop(), measures_start
         self.writes = collectives.is_main()
         self.draws = self.writes or together
         self.metric_means = MetricMeans()
@@ -101,6 +104,10 @@ class Monitor:
             if step == 0:
                 self.add_run_facts()
         self.screen.start("step", total=total, done=step)
+        if step == 0 and self.measures_start and self.probe is not None:
+            line = {f"monitor/{name}": value for name, value in self.measure_probe(0).items()}
+            if self.writes:
+                self.write(0, line)
 
     def add_run_facts(self) -> None:
         """Write facts that do not change during the run to TensorBoard.
@@ -240,6 +247,8 @@ class Monitor:
         for name, label in (("knn_top1", "k-NN"), ("test_knn_top1", "k-NN (test)")):
             if name in found:
                 self.facts[label] = percent(found[name])
+        if self.measures_start and (warning := self.knn_drop.warning(step, found)):
+            self.screen.warn(warning)
         return found
 
     def show_pictures(self, step: int, found: dict[str, Tensor]) -> None:
@@ -329,11 +338,12 @@ class Monitor:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor state to save in a checkpoint. The state is identical on all processes."""
-        return {"detector": self.detector.state_dict(), "wall": self.seconds()}
+        start = {} if self.knn_drop.start is None else {"start_knn": self.knn_drop.start}
+        return {"detector": self.detector.state_dict(), "wall": self.seconds(), **start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.detector.load_state_dict(state["detector"])
-        self.wall = state["wall"]
+        self.wall, self.knn_drop.start = state["wall"], state.get("start_knn")
 
 
 def plain(value: Any) -> bool | int | float | str:

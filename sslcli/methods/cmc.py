@@ -37,8 +37,8 @@ class Encoders(nn.Module):
     """One copy of a backbone per modality, applied to the channels of that modality.
 
     The first copy has the weights of the backbone. In the other copies, the values of each trainable tensor are
-    shuffled, which is equivalent to an independent initialization. If `backbone.pretrained` exists and is true, all
-    copies keep the weights of the backbone.
+    shuffled, which is equivalent to an independent initialization. If `backbone.pretrained` exists and is true, for
+    example because of `init`, all copies keep the weights of the backbone.
 
     Args:
         backbone: a backbone for images with all channels. In each copy, the first convolution keeps only the input

@@ -22,14 +22,14 @@ class Metrics:
     Args:
         path: the file. Lines of steps after `step` are removed, because the resumed run repeats these steps. An
             incomplete last line is removed as well.
-        step: step from which the run resumes.
+        step: step from which the run resumes. A run that starts from the beginning (0) also repeats the line of step 0.
         warn: function that prints a warning. It is called if lines in the middle of the file are damaged. The damaged
             file is then kept under another name.
     """
 
     def __init__(self, path: Path, *, step: int, warn: Callable[[str], None]) -> None:
         lines, damaged = read_lines(path)
-        kept = [line for line in lines if line["step"] <= step]
+        kept = [line for line in lines if line["step"] <= step] if step else []
         self.dropped = lines[-1]["step"] if len(kept) < len(lines) else None  # last of the removed steps
         if damaged:
             copy = renamed(set_aside(path))

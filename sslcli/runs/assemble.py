@@ -131,6 +131,7 @@ def assemble(
         probe=build_probe(parts, monitor_settings, device, resolved, screen),
         draw=draw if has_pictures(parts, monitor_settings) else None,
         together=fsdp.is_sharded(parts.method),
+        measures_start=config.init is not None,
         seconds_waited=lambda: loader.seconds_waited,
         faster_data=faster_data(
             workers=loader.workers,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -237,15 +237,25 @@ def build_backbone(node: Node, *, image_size: int, trust: list[str]) -> Backbone
 
 
 def build_method(
-    node: Node, backbone_node: Node, *, seed: int, image_size: int, num_images: int, trust: list[str]
+    node: Node,
+    backbone_node: Node,
+    *,
+    seed: int,
+    image_size: int,
+    num_images: int,
+    trust: list[str],
+    initialize: Callable[[Backbone], None] | None = None,
 ) -> Method:
     """Build and return the method with its backbone. The weights are initialized from `seed`.
 
     `node` and `backbone_node` are the settings of the method and of the backbone. `image_size` is the side of the
     images in pixels, and `num_images` is the number of training images. `trust` is described in `find_class`.
+    `initialize` loads other weights into the backbone, before the method copies it for a momentum encoder.
     """
     torch.manual_seed(seed)
     backbone = build_backbone(backbone_node, image_size=image_size, trust=trust)
+    if initialize is not None:
+        initialize(backbone)
     target = find_class(node["_target_"], base=Method, trust=trust, where="method._target_")
     channels = backbone_node.get("in_channels", 3)
     known = {"backbone": backbone, "num_images": num_images, "image_size": image_size, "channels": channels}
@@ -263,8 +273,11 @@ def accelerate(net: Net) -> Net:
     return net.to(memory_format=torch.channels_last)
 
 
-def build_parts(config: RunConfig) -> Parts:
-    """Build and return dataset, views and method. Raises ConfigError if they are incompatible."""
+def build_parts(config: RunConfig, *, initialize: Callable[[Backbone], None] | None = None) -> Parts:
+    """Build and return dataset, views and method. Raises ConfigError if they are incompatible.
+
+    `initialize` is described in `build_method`.
+    """
     trust = config.trust
     groups = ("dataset", "views", "method", "backbone", "optimizer")
     check_classes({group: config.values[group] for group in groups}, trust=trust)
@@ -280,6 +293,7 @@ def build_parts(config: RunConfig) -> Parts:
         image_size=source.image_size,
         num_images=len(source.splits["train"]),
         trust=trust,
+        initialize=initialize,
     )
     check_members(method)
     if method.num_views != views.num_views:

@@ -60,6 +60,7 @@ from sslcli.runs.build import Parts, build_optimizer, build_parts
 from sslcli.runs.description import write_description
 from sslcli.runs.dry_run import dry_run, save_views
 from sslcli.runs.image_changes import check_images
+from sslcli.runs.initial_weights import InitialWeights, check_start, initial_weights, record_of
 from sslcli.runs.length import phase_rows, planned_phases
 from sslcli.runs.moved_images import check_moved, earlier_moved, moved_row, possibly_moved
 from sslcli.runs.out_of_memory import explained, training_message
@@ -214,7 +215,10 @@ def _end_stalled_process(run_dir: Path, message: str) -> None:
 
 def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
     main, dry = collectives.is_main(), config.dry_run
-    parts = build_parts(config)
+    initial = initial_weights(config)
+    parts = build_parts(config, initialize=None if initial is None else initial.load)
+    if initial is not None:
+        initial.check_kept(parts.method)
     loader = build_loader(config, parts, device)
     check_batch(loader, parts)
     check_cached_gradients(parts.method, config.train.cached_gradients)
@@ -229,11 +233,17 @@ def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:
         if main and not dry:
             # Check again, since now no other process can change the directory.
             directory.check_resumable(run_dir, config.values)
-        _train_locked(config, parts, loader, optimizer, peak_lr, found)
+        _train_locked(config, parts, loader, optimizer, peak_lr, found, initial)
 
 
 def _train_locked(
-    config: RunConfig, parts: Parts, loader: Loader, optimizer: Optimizer, peak_lr: float, found: Trial
+    config: RunConfig,
+    parts: Parts,
+    loader: Loader,
+    optimizer: Optimizer,
+    peak_lr: float,
+    found: Trial,
+    initial: InitialWeights | None,
 ) -> None:
     """Train after the run directory was locked. `found` is the result of the trial."""
     main, dry, run_dir, device = collectives.is_main(), config.dry_run, config.directory, loader.device
@@ -245,6 +255,8 @@ def _train_locked(
         try:
             facts = startup_table(job, parts, config)
             screen.table(f"{config.method['_target_'].rpartition('.')[2]}: {run_dir}", facts)
+            if initial is not None:
+                initial.report(parts, screen)
             for warning in trial_warnings(found, parts.method, config.monitor):
                 screen.warn(warning)
             for warning in suspicious_settings(job, parts):
@@ -258,8 +270,9 @@ def _train_locked(
                     return
                 # Resume before config.yaml is written, so that it stays unchanged if the checkpoint is refused.
                 step = resume(job)
+                check_start(config, initial, step)
                 if main:
-                    describe(job, parts, config, facts | moved_row(moved))
+                    describe(job, parts, config, facts | moved_row(moved) | record_of(initial, stored))
                 enable_garbage_collection()
                 with user_code("training", passes=partial(has_own_message, run_dir)):
                     train(job, step)

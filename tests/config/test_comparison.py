@@ -56,6 +56,15 @@ def test_a_missing_key_is_the_default_of_the_class() -> None:
     assert digest_of_settings(without) != digest_of_settings(other)
 
 
+def test_initial_weights_are_the_same_from_another_form_of_their_path(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    one, other = (CONFIG | {"init": f"run:{tmp_path}/{name}"} for name in ("run", "link"))
+    assert changed_settings(one, other) == []
+    assert digest_of_settings(one) == digest_of_settings(other) != digest_of_settings(CONFIG)
+    assert changed_settings(CONFIG, CONFIG | {"init": None}) == []
+    assert changed_settings(CONFIG, CONFIG | {"init": "timm:a"}) == ["init: not set -> timm:a"]
+
+
 def test_auto_is_the_default_of_older_versions() -> None:
     auto, old, other = (
         CONFIG | {"train": {"epochs": 10, "compile": compiled, "deterministic": deterministic}}

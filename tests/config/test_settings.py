@@ -78,6 +78,8 @@ EVAL = EvalSettings(
         (MONITOR, "pictures", [0, 1], [-1]),
         (RUN, "seed", [0, 2**32 - 1], [-1, 2**32]),
         (RUN, "resume", ["auto", "never", "must"], ["yes"]),
+        (RUN, "init", [None, "a.pt", "run:a", "timm:a"], ["", "run:", "timm:"]),
+        (RUN, "init_prefix", [None], ["a"]),
         (RUN, "device", ["auto", "cpu", "cuda", "cuda:3", "mps"], ["gpu", "cuda:", "cpu:0", "", "CPU"]),
         (SWEEP, "metric", ["train/loss", "health/rankme"], ["train/agreement", "knn", "monitor/", "loss", "a/b"]),
         (SWEEP, "direction", ["auto", "max", "min"], ["up"]),

@@ -46,7 +46,7 @@ def make_monitor(run_dir: Path, *, log_every_steps: int = 1, steps_per_epoch: in
         "pictures": 0,
     }
     parts = {"probe": None, "draw": None, "screen": Screen(silent=True)}
-    optional = (*parts, "seconds_waited", "faster_data")
+    optional = (*parts, "seconds_waited", "faster_data", "measures_start")
     parts |= {name: changes.pop(name) for name in list(changes) if name in optional}
     run_dir.mkdir(exist_ok=True)
     return Monitor(
@@ -132,6 +132,22 @@ class Said(Screen):
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
+
+
+def test_a_run_with_initial_weights_measures_them_first_and_tells_when_they_are_lost(tmp_path: Path) -> None:
+    screen, found = Said(), iter([{"knn_top1": value} for value in (0.8, 0.9, 0.8, 0.7, 0.6)])
+    given = {"knn_every_epochs": 1, "steps_per_epoch": 1, "probe": lambda: next(found), "measures_start": True}
+    first = make_monitor(tmp_path, screen=screen, **given)
+    follow(first, [1.0, 1.0], total=4)
+    assert [line["monitor/knn_top1"] for line in lines_of(tmp_path)] == [0.8, 0.9, 0.8]
+    assert [line["step"] for line in lines_of(tmp_path)] == [0, 1, 2]
+    assert screen.warnings == []
+    resumed = make_monitor(tmp_path, screen=screen, **given)
+    resumed.load_state_dict(first.state_dict())
+    follow(resumed, [1.0, 1.0], first=3)
+    assert len(screen.warnings) == 1
+    assert "from 80.0 % at step 0, with the weights of init, to 70.0 % at step 3" in screen.warnings[0]
+    assert "start_knn" not in resumed.state_dict()
 
 
 @pytest.mark.parametrize(("scale", "warned"), [(10.0, False), (100.0, True)])

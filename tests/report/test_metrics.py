@@ -57,7 +57,7 @@ def test_a_run_that_goes_on_drops_the_lines_after_its_checkpoint_and_repeats_the
 
 
 def test_a_new_run_in_the_place_of_one_without_checkpoint_begins_anew(path: Path) -> None:
-    path.write_text(encode({"step": 1}) + encode({"step": 2}))
+    path.write_text(encode({"step": 0}) + encode({"step": 1}) + encode({"step": 2}))
     Metrics(path, step=0, warn=pytest.fail).close()
     assert path.read_text() == ""
 
