@@ -24,9 +24,11 @@ from sslcli.engine.run import Run
 from sslcli.methods.base import Batch
 from sslcli.report.console import Screen
 from sslcli.runs import assemble
-from sslcli.runs.build import build_optimizer, build_parts
+from sslcli.runs.build import build_optimizer
+from sslcli.runs.parts import build_parts
 
-METHODS = sorted(path.stem for path in (Path(__file__).parents[1] / "conf" / "method").glob("*.yaml"))
+# distill needs a teacher, and mixes only images of the same process
+METHODS = sorted({path.stem for path in (Path(__file__).parents[1] / "conf/method").glob("*.yaml")} - {"distill"})
 STEPS = 4
 BATCH = 16  # images per step
 OVERRIDES = [

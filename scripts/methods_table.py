@@ -16,6 +16,7 @@ FAMILIES = (
     "predictive",
     "contrastive",
     "self-distillation",
+    "distillation",
     "redundancy reduction",
     "clustering",
 )  # in the order of the table

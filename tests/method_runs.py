@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import copy
+import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -12,13 +15,14 @@ import yaml
 from hydra._internal.utils import get_args_parser
 
 import sslcli
+from sslcli.backbones.small import Small
 from sslcli.cli.compose import checked_jobs
 from sslcli.config.run_config import RunConfig
 from sslcli.distributed import collectives
 from sslcli.methods.base import Batch, Method
 from sslcli.nn import noise
 from sslcli.runs import worker
-from sslcli.runs.build import build_parts
+from sslcli.runs.parts import build_parts
 from tiny import make_batch, mine
 
 FILES = sorted((Path(sslcli.__file__).parents[1] / "conf" / "method").glob("*.yaml"))
@@ -49,9 +53,23 @@ SMALLER_VIT = {"width": 32, "depth": 2, "num_heads": 2}  # of a backbone with at
 
 
 @cache
+def teacher_overrides(word: str) -> list[str]:
+    """Overrides with the teacher that a method needs: a small network with random weights, in a temporary file."""
+    if word != "distill":
+        return []
+    path = Path(tempfile.mkdtemp(prefix="sslcli-teacher-")) / "teacher.pt"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        torch.save(Small(width=6, image_size=32).state_dict(), path)
+    atexit.register(shutil.rmtree, path.parent)
+    return [f"teacher={path}", "+backbone@teacher_backbone=small", "teacher_backbone.width=6"]
+
+
+@cache
 def composed(word: str) -> RunConfig:
     """A very short run of the method; tests must not modify it."""
-    job = checked_jobs("train", get_args_parser().parse_args([f"method={word}", *OVERRIDES]))[0]
+    arguments = [f"method={word}", *teacher_overrides(word), *OVERRIDES]
+    job = checked_jobs("train", get_args_parser().parse_args(arguments))[0]
     for group in ("method", "backbone"):
         job[group] |= {key: value for key, value in SMALLER.items() if job[group].get(key) is not None}
     if isinstance(job["method"].get("num_prototypes"), list):  # of heads that cluster the 64 images

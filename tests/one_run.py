@@ -12,7 +12,8 @@ from sslcli.engine.resume import resume
 from sslcli.engine.run import Run
 from sslcli.report.console import Screen
 from sslcli.runs.assemble import assemble, build_loader
-from sslcli.runs.build import build_optimizer, build_parts
+from sslcli.runs.build import build_optimizer
+from sslcli.runs.parts import build_parts
 
 
 def make_run(run_dir: Path, *overrides: str) -> Run:

@@ -18,7 +18,8 @@ from small_runs import differences, newest
 from sslcli.config.run_config import RunConfig
 from sslcli.methods.base import Batch, Method
 from sslcli.runs import worker
-from sslcli.runs.build import build_optimizer, build_parts
+from sslcli.runs.build import build_optimizer
+from sslcli.runs.parts import build_parts
 
 
 @dataclass

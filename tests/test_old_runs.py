@@ -22,7 +22,7 @@ from sslcli.config.moved import current_override
 from sslcli.config.run_config import RunConfig
 from sslcli.engine import checkpoint
 from sslcli.methods.base import RENAMED, Method
-from sslcli.runs.build import build_parts
+from sslcli.runs.parts import build_parts
 from sslcli.weights.files import load_strictly
 from sslcli.weights.renamed import with_current_names
 

@@ -13,6 +13,7 @@ import torch
 from hydra._internal.utils import get_args_parser
 
 import sslcli
+from method_runs import teacher_overrides
 from sslcli.cli.compose import checked_jobs
 from sslcli.config.run_config import RunConfig
 from sslcli.data.loader import Loader
@@ -22,7 +23,8 @@ from sslcli.engine.run import Run
 from sslcli.methods.base import Batch
 from sslcli.report.console import Screen
 from sslcli.runs.assemble import assemble, build_loader
-from sslcli.runs.build import build_optimizer, build_parts
+from sslcli.runs.build import build_optimizer
+from sslcli.runs.parts import build_parts
 from synchronizations import CUDA, Synchronizations, counted, move_to_device
 
 ROOT = Path(sslcli.__file__).parent
@@ -71,7 +73,8 @@ HOST_READS = {"item", "tolist", "nonzero", "masked_select", "new_tensor", "numpy
 
 def config_of(words: str) -> RunConfig:
     method, *overrides = words.split()
-    job = checked_jobs("train", get_args_parser().parse_args([f"method={method}", *OVERRIDES, *overrides]))[0]
+    arguments = [f"method={method}", *teacher_overrides(method), *OVERRIDES, *overrides]
+    job = checked_jobs("train", get_args_parser().parse_args(arguments))[0]
     for group in ("method", "backbone"):
         job[group] |= {key: value for key, value in SMALLER.items() if job[group].get(key) is not None}
     if isinstance(job["method"].get("num_prototypes"), list):  # of heads that cluster the 16 images

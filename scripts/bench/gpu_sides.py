@@ -64,7 +64,8 @@ def build_run(method: str, work: Workload, plan: Plan, *overrides: str, source: 
     from sslcli.distributed import devices
     from sslcli.report.console import Screen
     from sslcli.runs.assemble import assemble, build_loader, move_to_device
-    from sslcli.runs.build import Parts, build_method, build_optimizer, build_source, build_views
+    from sslcli.runs.build import build_method, build_optimizer, build_source, build_views
+    from sslcli.runs.parts import Parts
     from sslcli.system.memory import keep_freed_memory
 
     line = [f"method={method}", f"backbone={work.backbone}", f"dataset.image_size={work.size}"]

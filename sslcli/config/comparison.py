@@ -70,8 +70,9 @@ def _compared_values(config: dict[str, Any], leave_out: Collection[str]) -> dict
     Paths are replaced by real paths. For the keys in `AUTO_KEYS`, "auto" is replaced by the default of older versions.
     """
     found = flatten(map_paths(config, real_path), leave_out=leave_out)
-    if isinstance(found.get("init"), str):
-        found["init"] = convert_source(found["init"], real_path)
+    for key in ("init", "teacher"):
+        if isinstance(found.get(key), str):
+            found[key] = convert_source(found[key], real_path)
     return found | {key: default_of(key, found) for key in AUTO_KEYS if found.get(key) == "auto"}
 
 

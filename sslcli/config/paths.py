@@ -17,7 +17,7 @@ from sslcli.config.signatures import names_in_annotations
 from sslcli.errors import ConfigError
 
 PLAIN = {  # path keys outside of groups
-    "train": ("run_dir", "init"),
+    "train": ("run_dir", "init", "teacher"),
     "eval": ("run", "weights"),
     "embed": ("run", "weights", "images", "out"),
     "export": ("run", "out"),

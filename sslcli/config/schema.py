@@ -75,6 +75,9 @@ def check(command: str, config: dict[str, Any]) -> None:
     for where, target in targets("", config):
         check_target(target, trust, where)
     build_settings(PLAIN[command], {name: config[name] for name in plain if name in config}, "")
+    if config.get("teacher_backbone") is not None:
+        check_has_target("teacher_backbone", config["teacher_backbone"])
+        check_node("teacher_backbone", config["teacher_backbone"])
     for group in GROUPS[command]:
         if config.get(group) is not None or group not in OPTIONAL[command]:
             check_group(group, config.get(group))

@@ -122,17 +122,18 @@ def check_checkpoint(checkpoint: str | int) -> None:
         raise ConfigError(f"checkpoint is {checkpoint!r}, but it must be 'last' or the number of a step")
 
 
-def check_init(init: str | None, prefix: str | None) -> None:
-    """Raise ConfigError unless `init` is None, or FILE, run:DIR or timm:NAME, and `prefix` applies to it.
+def check_source(name: str, value: str | None, prefix: str | None) -> None:
+    """Raise ConfigError unless `value` is None, or FILE, run:DIR or timm:NAME, and `prefix` applies to it.
 
-    Another function checks later whether the file, the run or the model exists.
+    `name` is the key of the value, for the message. Another function checks later whether the file, the run or the
+    model exists.
     """
-    if init is not None and init.removeprefix("run:").removeprefix("timm:") == "":
-        raise ConfigError(f"init is {init!r}, but it must be FILE, run:DIR or timm:NAME: add a path or a name")
-    if prefix is not None and (init is None or init.startswith("timm:")):
+    if value is not None and value.removeprefix("run:").removeprefix("timm:") == "":
+        raise ConfigError(f"{name} is {value!r}, but it must be FILE, run:DIR or timm:NAME: add a path or a name")
+    if prefix is not None and (value is None or value.startswith("timm:")):
         raise ConfigError(
-            f"init_prefix is {prefix!r} and init is {init!r}, but a prefix selects weights of a file or a run: set "
-            "init to a file or to run:DIR, or remove init_prefix"
+            f"{name}_prefix is {prefix!r} and {name} is {value!r}, but a prefix selects weights of a file or a run: "
+            f"set {name} to a file or to run:DIR, or remove {name}_prefix"
         )
 
 
@@ -341,6 +342,9 @@ class RunSettings:
     find_batch_size: bool = False  # the default is for the config.yaml files of older versions
     init: str | None = None  # source of the backbone's initial weights: FILE, run:DIR or timm:NAME; None = random
     init_prefix: str | None = None  # start of the names of the weights to take from `init`; None = found automatically
+    teacher: str | None = None  # source of the teacher of a method that distills: FILE, run:DIR or timm:NAME
+    teacher_prefix: str | None = None  # as init_prefix, for `teacher`
+    teacher_backbone: dict[str, Any] | None = None  # node of the teacher's backbone; None = the source states it
     trust: list[str]
     about: dict[str, Any] | None = None  # description of the method, for tables only
 
@@ -353,7 +357,8 @@ class RunSettings:
                 "training, or remove find_batch_size to train"
             )
         check_device(self.device)
-        check_init(self.init, self.init_prefix)
+        check_source("init", self.init, self.init_prefix)
+        check_source("teacher", self.teacher, self.teacher_prefix)
 
 
 @dataclass(frozen=True, kw_only=True)

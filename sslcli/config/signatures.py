@@ -19,6 +19,8 @@ METHOD_ARGUMENTS = (
     "num_images",
     "image_size",
     "channels",
+    "teacher_network",
+    "teacher_features",
 )  # arguments that the commands pass to a method; the yaml files do not contain them
 OPTIMIZER_ARGUMENTS = ("params",)  # arguments that the commands pass to an optimizer
 DEPTH = 8  # maximum number of imports and base classes to follow

@@ -34,7 +34,7 @@ from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
 from sslcli.report import pictures
 from sslcli.report.console import Screen
-from sslcli.runs.build import Parts
+from sslcli.runs.parts import Parts
 from sslcli.system.cpu import cores_per_process
 
 NOT_DETERMINISTIC = "off: resuming is not bit-exact"

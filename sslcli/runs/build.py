@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType, SimpleNamespace
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -22,17 +20,13 @@ from sslcli.config.schema import check_has_target
 from sslcli.config.targets import check_target, trusted_packages
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
-from sslcli.distributed import processes
 from sslcli.engine import fsdp
 from sslcli.engine.optim import freeze_backbone, parameter_groups
-from sslcli.errors import ConfigError, TrainingFailed, first_line, nearest, summary, user_code, with_traceback
+from sslcli.errors import ConfigError, TrainingFailed, nearest, summary, user_code, with_traceback
 from sslcli.evaluation.base import Protocol
 from sslcli.kernels.winograd import use_winograd
 from sslcli.methods.base import Method
 from sslcli.nn import schedule
-from sslcli.nn.modes import evaluating
-from sslcli.runs.contract import check_members
-from sslcli.runs.trial import check_accepts
 
 Net = TypeVar("Net", bound=nn.Module)
 Built = TypeVar("Built")
@@ -48,15 +42,6 @@ BASES: dict[str, type] = {  # required base class of each group
 # OverflowError.
 REJECTIONS = (ValueError, TypeError, RuntimeError, OverflowError)
 CONTRACTS = (Method, Source, nn.Module, Optimizer, Protocol, Backbone)  # abstract base classes, which are not built
-
-
-@dataclass(frozen=True)
-class Parts:
-    """Dataset, views and method of a run."""
-
-    source: Source
-    views: Views
-    method: Method
 
 
 def find_class(target: str, *, base: type[Built], trust: list[str], where: str) -> type[Built]:
@@ -245,12 +230,15 @@ def build_method(
     num_images: int,
     trust: list[str],
     initialize: Callable[[Backbone], None] | None = None,
+    teacher_network: nn.Module | None = None,
+    teacher_features: int | None = None,
 ) -> Method:
     """Build and return the method with its backbone. The weights are initialized from `seed`.
 
     `node` and `backbone_node` are the settings of the method and of the backbone. `image_size` is the side of the
     images in pixels, and `num_images` is the number of training images. `trust` is described in `find_class`.
     `initialize` loads other weights into the backbone, before the method copies it for a momentum encoder.
+    `teacher_network` and its number of features are arguments of methods that distill. Evaluation has no teacher.
     """
     torch.manual_seed(seed)
     backbone = build_backbone(backbone_node, image_size=image_size, trust=trust)
@@ -259,7 +247,14 @@ def build_method(
     target = find_class(node["_target_"], base=Method, trust=trust, where="method._target_")
     channels = backbone_node.get("in_channels", 3)
     known = {"backbone": backbone, "num_images": num_images, "image_size": image_size, "channels": channels}
+    known |= {"teacher_network": teacher_network, "teacher_features": teacher_features}
     parameters = inspect.signature(target).parameters
+    if ("teacher_features" in parameters) != (teacher_features is not None):
+        raise ConfigError(
+            f"teacher is null, but {target.__name__} needs a teacher: set teacher=FILE, run:DIR or timm:NAME"
+            if teacher_features is None
+            else f"teacher is set, but {target.__name__} has no teacher: remove it, or choose method=distill"
+        )
     arguments = {name: value for name, value in known.items() if name == "backbone" or name in parameters}
     return accelerate(build(node, base=Method, trust=trust, where="method", **arguments))
 
@@ -271,100 +266,6 @@ def accelerate(net: Net) -> Net:
     """
     use_winograd(net)
     return net.to(memory_format=torch.channels_last)
-
-
-def build_parts(config: RunConfig, *, initialize: Callable[[Backbone], None] | None = None) -> Parts:
-    """Build and return dataset, views and method. Raises ConfigError if they are incompatible.
-
-    `initialize` is described in `build_method`.
-    """
-    trust = config.trust
-    groups = ("dataset", "views", "method", "backbone", "optimizer")
-    check_classes({group: config.values[group] for group in groups}, trust=trust)
-    with warnings.catch_warnings():
-        if processes.number() > 0:  # rank 0 prints the same warnings about the files
-            warnings.simplefilter("ignore", UserWarning)
-        source = build_source(config.dataset, trust=trust)
-    views = build_views(config.views, trust=trust)
-    method = build_method(
-        config.method,
-        config.backbone,
-        seed=config.seed,
-        image_size=source.image_size,
-        num_images=len(source.splits["train"]),
-        trust=trust,
-        initialize=initialize,
-    )
-    check_members(method)
-    if method.num_views != views.num_views:
-        remedy = f", or set method.num_views={views.num_views}" if "num_views" in config.method else ""
-        raise ConfigError(
-            f"method needs {method.num_views} view{'s' * (method.num_views != 1)} per image, but the chosen views give "
-            f"{views.num_views}: choose others with views=...{remedy}"
-        )
-    if method.color_spaces and views.color_space not in method.color_spaces:
-        raise ConfigError(
-            f"method splits the channels of {' or '.join(method.color_spaces)} images, but views.color_space is "
-            f"{views.color_space}: choose views=lab, or set other parts with method.modalities={{name: channels, ...}}"
-        )
-    check_views(method, views, source)
-    check_channels(method, source)
-    return Parts(source, views, method)
-
-
-def check_views(method: Method, views: Views, source: Source) -> None:
-    """Raise ConfigError unless the method accepts the views.
-
-    Random images are used for the check. They have the sizes of the views and the number of channels of the dataset.
-    """
-    examples = []
-    for number, size in enumerate(views.sizes(source.image_size)):
-        try:
-            images = torch.rand(2, source.channels, size, size, generator=torch.Generator().manual_seed(0)).round()
-            examples.append(views.finish(images, mean=source.mean, std=source.std))
-        except ValueError as error:
-            raise ConfigError(f"views: {error}") from error
-        except (RuntimeError, MemoryError) as error:  # torch raises RuntimeError if there is too little memory
-            entry = views.entry_number(number)
-            key = "dataset.image_size" if views.views[number].size is None else f"views.views.{entry}.size"
-            raise ConfigError(
-                f"{key} is {size}, but such images do not fit into memory: choose a smaller size"
-            ) from error
-
-    def explain(error: BaseException) -> str:
-        check_accepts(method, views, source)
-        return f"method: {type(method).__name__} does not accept the views: {first_line(error)}"
-
-    with (
-        user_code("checking views", explain=explain),
-        evaluating(method),
-        torch.no_grad(),
-        torch.random.fork_rng(devices=[]),
-    ):
-        try:
-            method.check_views(examples)
-        except ValueError as error:
-            raise ConfigError(f"method: {error}") from error
-
-
-def check_channels(method: Method, source: Source) -> None:
-    """Raise ConfigError unless the method can compute features of images with the shape of the source's images."""
-
-    def explain(error: BaseException) -> str:
-        return (
-            f"backbone: it does not accept the images of {source.name}, which have {source.channels} channels and "
-            f"{source.image_size}x{source.image_size} pixels: {first_line(error)}. Set backbone.in_channels to the "
-            "number of channels, and dataset.image_size to a size that the backbone accepts"
-        )
-
-    black = torch.zeros(2, source.channels, source.image_size, source.image_size)
-    with (
-        user_code("computing features", explain=explain),
-        evaluating(method),
-        torch.no_grad(),
-        torch.random.fork_rng(devices=[]),
-    ):
-        method.features(black)
 
 
 def build_optimizer(config: RunConfig, method: Method) -> tuple[Optimizer, float]:

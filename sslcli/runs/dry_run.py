@@ -12,8 +12,8 @@ from sslcli.engine.run import Run
 from sslcli.errors import ConfigError
 from sslcli.report import pictures
 from sslcli.report.console import duration
-from sslcli.runs.build import Parts
 from sslcli.runs.length import newest_step
+from sslcli.runs.parts import Parts
 
 STEPS = 2  # only the second step is timed: the first step sets up kernels and memory
 

@@ -9,8 +9,8 @@ evaluated_part
               the part of the method that is evaluated, such as "backbone". With what=backbone, its weights are exported
 backbone      `_target_` and arguments of the backbone
 method        `_target_` and arguments of the method
-seed, num_images
-              further arguments of the method
+seed, num_images, teacher_features
+              further arguments of the method; teacher_features is None without a teacher
 dataset, image_fingerprint
               the images of pre-training
 image_size, mean, std, views, precision, monitor
@@ -95,6 +95,7 @@ def build(content: dict[str, Any], *, trust: list[str]) -> nn.Module:
         seed=content["seed"],
         image_size=size,
         num_images=content["num_images"],
+        teacher_features=content["teacher_features"],
         trust=trust,
     )
 

@@ -19,6 +19,7 @@ from sslcli.methods.base import Method
 from sslcli.runs import directory
 from sslcli.runs.build import build_backbone, build_views, find_class
 from sslcli.runs.checkpoint_of_run import load_checkpoint, provenance_of
+from sslcli.runs.teacher import stored_features
 from sslcli.weights.export.preprocessing import Preprocessing
 from sslcli.weights.files import is_noise_state, load_strictly
 
@@ -71,6 +72,7 @@ class ExportedRun:
             "method": saved["method"],
             "seed": saved["seed"],
             "num_images": saved["effective"]["training images"],
+            "teacher_features": stored_features(saved["effective"]),
             "dataset": image_settings(dataset),
             "image_fingerprint": saved["effective"].get(FINGERPRINT),
             "image_size": dataset["image_size"],

@@ -5,7 +5,8 @@ They are read when a run starts from the beginning. A run with a checkpoint resu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 from sslcli.backbones.base import Backbone
 from sslcli.config.run_config import RunConfig
+from sslcli.data.sources.base import Source
+from sslcli.data.views.views import Views
 from sslcli.distributed import collectives
 from sslcli.distributed.devices import unchanged_random_state
 from sslcli.distributed.shared_work import agreed
@@ -20,11 +23,60 @@ from sslcli.engine import checkpoint
 from sslcli.errors import ConfigError, class_name
 from sslcli.methods.base import Method
 from sslcli.report.console import Screen
-from sslcli.runs.build import Parts
-from sslcli.runs.weights_source import open_weights
+from sslcli.runs.weights_source import WeightsSource, open_weights
 from sslcli.weights.published import find_weights
 
 ROW = "initial weights"  # key in the section `effective` of config.yaml; only runs with `init` have it
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that a setting names, and that fit a network.
+
+    Attributes:
+        net: the network. The weights are not loaded into it.
+        state: state dict of `net`.
+        record: where the weights come from, and what was taken and dropped, as plain values for config.yaml.
+        summary: one line with the same facts.
+        statistics: mean and standard deviation with which the source normalized images, if it states them.
+    """
+
+    net: Backbone
+    state: dict[str, Any]
+    record: dict[str, Any]
+    summary: str
+    statistics: tuple[Sequence[float], Sequence[float]] | None
+
+
+def read_weights(
+    spec: str, net_for: Callable[[WeightsSource], Backbone], *, prefix: str | None, trust: list[str], setting: str
+) -> Weights:
+    """Read the weights of the network that `net_for` returns. All processes must call this function.
+
+    `spec` and `prefix` are the values of the settings `setting` and `setting`_prefix, see `open_weights` and
+    `find_weights`. The random state is not changed.
+
+    Raises ConfigError on all processes if the weights cannot be read, if they do not fit the network, or if the
+    processes read different weights.
+    """
+
+    def read() -> Weights:
+        source = open_weights(spec, trust=trust)
+        net = net_for(source)
+        chosen = source.prefix if prefix is None else prefix
+        found = find_weights(source.content, net, prefix=chosen, where=source.where, key=f"{setting}_prefix")
+        statistics = None if source.mean is None or source.std is None else (source.mean, source.std)
+        record = dict(source.provenance) | found.provenance()
+        return Weights(net, found.state, record, found.summary(source.where), statistics)
+
+    with unchanged_random_state(torch.device("cpu")):
+        weights = agreed(read)
+    records = collectives.gather_objects(weights.record)
+    if any(record != records[0] for record in records):
+        raise ConfigError(
+            f"{setting} is {spec}, but the processes read different weights from it: copy the same file to every node"
+        )
+    return weights
 
 
 class InitialWeights:
@@ -48,27 +100,16 @@ class InitialWeights:
         Raises ConfigError on all processes if the weights cannot be read, if they do not fit the backbone, or if the
         processes read different weights.
         """
-        with unchanged_random_state(torch.device("cpu")):
-            agreed(lambda: self.read(backbone))
-        records = collectives.gather_objects(self.record)
-        if any(record != records[0] for record in records):
-            raise ConfigError(
-                f"init is {self.config.init}, but the processes read different weights from it: copy the same file to "
-                "every node"
-            )
+        init, prefix, trust = str(self.config.init), self.config.init_prefix, self.config.trust
+        found = read_weights(init, lambda _: backbone, prefix=prefix, trust=trust, setting="init")
+        self.record, self.summary, self.state, self.statistics = (
+            found.record,
+            found.summary,
+            found.state,
+            found.statistics,
+        )
         backbone.load_state_dict(self.state)
         backbone.pretrained = True
-
-    def read(self, backbone: Backbone) -> None:
-        """Read the weights that fit `backbone`. Raises ConfigError if there are none."""
-        init, prefix, trust = str(self.config.init), self.config.init_prefix, self.config.trust
-        source = open_weights(init, trust=trust)
-        chosen = source.prefix if prefix is None else prefix
-        found = find_weights(source.content, backbone, prefix=chosen, where=source.where, key="init_prefix")
-        self.record, self.summary = source.provenance | found.provenance(), found.summary(source.where)
-        self.state = found.state
-        if source.mean is not None and source.std is not None:
-            self.statistics = source.mean, source.std
 
     def check_kept(self, method: Method) -> None:
         """Raise ConfigError if the constructor of `method` replaced the weights. Then forget the weights."""
@@ -85,10 +126,10 @@ class InitialWeights:
             )
         self.state = {}
 
-    def report(self, parts: Parts, screen: Screen) -> None:
+    def report(self, source: Source, views: Views, screen: Screen) -> None:
         """Print what was taken and dropped. Warn if the run normalizes images unlike the source of the weights."""
         screen.say(f"{ROW}: {self.summary}")
-        now = parts.views.statistics(mean=parts.source.mean, std=parts.source.std)
+        now = views.statistics(mean=source.mean, std=source.std)
         if self.statistics is not None and rounded(self.statistics) != rounded(now):
             mean, std = rounded(self.statistics)
             own_mean, own_std = rounded(now)

@@ -23,6 +23,7 @@ from sslcli.methods.base import Method
 from sslcli.runs import directory
 from sslcli.runs.build import accelerate, build_backbone, build_method, build_source, build_views, check_classes
 from sslcli.runs.checkpoint_of_run import load_checkpoint, provenance_of
+from sslcli.runs.teacher import stored_features
 from sslcli.runs.weights_source import NETWORK_GROUPS, WeightsSource, open_weights, results_dir_of
 from sslcli.weights.files import load_strictly, wrapped
 from sslcli.weights.published import find_weights, suggested_backbone
@@ -92,6 +93,7 @@ def subject_of_run(config: NetworkConfig, saved: dict[str, Any], device: torch.d
             image_size=saved["dataset"]["image_size"],
             num_images=saved["effective"]["training images"],
             trust=trust,
+            teacher_features=stored_features(saved["effective"]),
         ).to(device)
 
     def build_trained() -> nn.Module:
@@ -320,6 +322,7 @@ def _network_builder(
 
         def method(_size: int, _channels: int) -> nn.Module:
             known = {"image_size": exported["image_size"], "num_images": exported["num_images"]}
+            known["teacher_features"] = exported.get("teacher_features")
             nodes = exported["method"], exported["backbone"]
             return build_method(*nodes, **known, seed=exported["seed"], trust=trust).to(device)
 

@@ -56,7 +56,7 @@ from sslcli.runs.assemble import (
     suspicious_settings,
 )
 from sslcli.runs.batch_size_search import configured, find_batch_size
-from sslcli.runs.build import Parts, build_optimizer, build_parts
+from sslcli.runs.build import build_optimizer
 from sslcli.runs.description import write_description
 from sslcli.runs.dry_run import dry_run, save_views
 from sslcli.runs.image_changes import check_images
@@ -64,7 +64,9 @@ from sslcli.runs.initial_weights import InitialWeights, check_start, initial_wei
 from sslcli.runs.length import phase_rows, planned_phases
 from sslcli.runs.moved_images import check_moved, earlier_moved, moved_row, possibly_moved
 from sslcli.runs.out_of_memory import explained, training_message
+from sslcli.runs.parts import Parts, build_parts
 from sslcli.runs.shorter_run import shorter_run_hint
+from sslcli.runs.teacher import check_teacher, teacher_row
 from sslcli.runs.trial import Trial, freeze, trial, trial_warnings
 from sslcli.system import atomic
 from sslcli.system.memory import keep_freed_memory
@@ -249,6 +251,7 @@ def _train_locked(
     main, dry, run_dir, device = collectives.is_main(), config.dry_run, config.directory, loader.device
     with Screen(None if dry else run_dir / "console.log", silent=not main) as screen:
         stored = directory.read_config(run_dir) if (run_dir / "config.yaml").exists() else {}
+        check_teacher(parts.teacher, stored, run_dir)
         moved = check_dataset(config, stored, parts, screen)
         phases = planned_phases(run_dir, stored, config.values)
         job = assemble(config, parts, loader, optimizer, peak_lr, run_dir, device, screen, phases=phases, moved=moved)
@@ -256,7 +259,9 @@ def _train_locked(
             facts = startup_table(job, parts, config)
             screen.table(f"{config.method['_target_'].rpartition('.')[2]}: {run_dir}", facts)
             if initial is not None:
-                initial.report(parts, screen)
+                initial.report(parts.source, parts.views, screen)
+            if parts.teacher is not None:
+                screen.say(f"teacher: {parts.teacher.summary}")
             for warning in trial_warnings(found, parts.method, config.monitor):
                 screen.warn(warning)
             for warning in suspicious_settings(job, parts):
@@ -272,7 +277,8 @@ def _train_locked(
                 step = resume(job)
                 check_start(config, initial, step)
                 if main:
-                    describe(job, parts, config, facts | moved_row(moved) | record_of(initial, stored))
+                    records = moved_row(moved) | record_of(initial, stored) | teacher_row(parts.teacher)
+                    describe(job, parts, config, facts | records)
                 enable_garbage_collection()
                 with user_code("training", passes=partial(has_own_message, run_dir)):
                     train(job, step)

@@ -25,7 +25,7 @@ from sslcli.methods.base import Method
 from sslcli.methods.mixture import UnMix
 from sslcli.methods.moco import MoCo
 from sslcli.methods.simclr import SimCLR
-from sslcli.runs.build import build_parts
+from sslcli.runs.parts import build_parts
 from tiny import TinyNet, copied_state, make_batch, mine
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from command_line import SMALL, installed
+from method_runs import teacher_overrides
 from one_run import finish, make_run
 from sslcli.data.loader import Loader
 from sslcli.engine import loop
@@ -34,6 +35,7 @@ HEALTHY = [
     "dinov2",
     "lejepa",
     "densecl",
+    "distill",
 ]
 
 
@@ -170,7 +172,8 @@ def test_a_healthy_run_is_not_flagged(tmp_path: Path, method: str) -> None:
     smaller["ressl"] = ["method.hidden=64", "method.queue_size=256"]
     run = make_run(
         tmp_path, f"method={method}", "dataset.image_size=16", "train.max_steps=150", "train.save_every_epochs=0",
-        "monitor.on_collapse=stop", *smaller.get(method, smaller["moco"] if "moco_v2" in method else []),
+        "monitor.on_collapse=stop", *teacher_overrides(method),
+        *smaller.get(method, smaller["moco"] if "moco_v2" in method else []),
     )  # fmt: skip
     finish(run)
     measured = [line for line in read(tmp_path / "metrics.jsonl") if "health/std" in line]

@@ -18,7 +18,8 @@ from method_runs import CPU, FAMILIES, METHODS, config_of, iterate_batches
 from sslcli.engine import precision
 from sslcli.runs import worker
 from sslcli.runs.assemble import move_to_device
-from sslcli.runs.build import build_optimizer, build_parts
+from sslcli.runs.build import build_optimizer
+from sslcli.runs.parts import build_parts
 
 pytestmark = pytest.mark.gpu
 

@@ -22,8 +22,9 @@ from sslcli.errors import ConfigError
 from sslcli.methods.base import Method
 from sslcli.methods.cmc import Encoders
 from sslcli.report.metrics import read
-from sslcli.runs.build import build_backbone, build_method, build_parts
+from sslcli.runs.build import build_backbone, build_method
 from sslcli.runs.initial_weights import InitialWeights, check_start, initial_weights
+from sslcli.runs.parts import build_parts
 from tiny import copied_state, equal_states
 
 LINE = [

@@ -22,7 +22,7 @@ from sslcli.errors import ConfigError
 from sslcli.methods.base import Batch, Method
 from sslcli.methods.simclr import SimCLR
 from sslcli.runs.assemble import build_loader
-from sslcli.runs.build import build_parts
+from sslcli.runs.parts import build_parts
 from sslcli.runs.trial import Trial, draw, freeze, padding_warning, trial, trial_warnings, unused_warning
 from tiny import TinyNet, copied_state, equal_states
 
