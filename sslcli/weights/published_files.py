@@ -66,6 +66,18 @@ class IgnoredMapping:
         return {}
 
 
+def placeholders() -> list[Any]:
+    """Return one placeholder class for each name in `SETTINGS_CLASSES` and `SETTINGS_MAPPINGS`.
+
+    Each class has the name of the class that it replaces, because torch.load finds it by this name.
+    """
+    found = []
+    for base, names in ((Ignored, SETTINGS_CLASSES), (IgnoredMapping, SETTINGS_MAPPINGS)):
+        for module, _, name in (whole.rpartition(".") for whole in names):
+            found.append(type(name, (base,), {"__module__": module}))
+    return found
+
+
 def read_published(path: Path) -> dict[str, Any]:
     """Return the content of a weight file on the CPU, without executing code from the file.
 
@@ -77,9 +89,7 @@ def read_published(path: Path) -> dict[str, Any]:
         with open_regular(path) as file:
             if is_safetensors(file):
                 return dict(read_safetensors(file))
-            allowed: list[Any] = [(Ignored, name) for name in SETTINGS_CLASSES]
-            allowed += [(IgnoredMapping, name) for name in SETTINGS_MAPPINGS]
-            with torch.serialization.safe_globals(allowed):
+            with torch.serialization.safe_globals(placeholders()):
                 content = read_weights(file, path, device=torch.device("cpu"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from error
