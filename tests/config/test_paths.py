@@ -12,7 +12,7 @@ import pytest
 from sslcli.config.paths import (
     absolute,
     absolute_paths,
-    absolute_source,
+    convert_source,
     map_paths,
     numbers_as_text,
     paths_of,
@@ -55,9 +55,9 @@ def test_absolute_forms(here: Path) -> None:
 
 
 def test_paths_of_weights_may_follow_the_name_of_a_source(here: Path) -> None:
-    assert absolute_source("net.pt") == str(here / "net.pt")
-    assert absolute_source("run:runs/a") == f"run:{here}/runs/a"
-    assert absolute_source("timm:hf-hub:a/b") == "timm:hf-hub:a/b"
+    assert convert_source("net.pt", absolute) == str(here / "net.pt")
+    assert convert_source("run:runs/a", absolute) == f"run:{here}/runs/a"
+    assert convert_source("timm:hf-hub:a/b", absolute) == "timm:hf-hub:a/b"
 
 
 def test_a_parent_behind_a_link_is_the_parent_of_where_the_link_leads(here: Path) -> None:
