@@ -43,7 +43,8 @@ def target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_sections_without_a_class_have_the_defaults_of_their_settings() -> None:
     assert section_defaults("monitor") == {"knn_split": "val", "knn_queries": None}
     assert section_defaults("optimizer") == {}
-    assert section_defaults("") == {"init": None, "init_prefix": None}  # keys that affect results
+    affecting = ("init", "init_prefix", "teacher", "teacher_prefix", "teacher_backbone")  # the results
+    assert section_defaults("") == dict.fromkeys(affecting)
 
 
 def test_the_default_of_a_dotted_key_is_that_of_the_class_in_its_section(target: str) -> None:

@@ -80,6 +80,8 @@ EVAL = EvalSettings(
         (RUN, "resume", ["auto", "never", "must"], ["yes"]),
         (RUN, "init", [None, "a.pt", "run:a", "timm:a"], ["", "run:", "timm:"]),
         (RUN, "init_prefix", [None], ["a"]),
+        (RUN, "teacher", [None, "a.pt"], ["", "run:"]),
+        (RUN, "teacher_prefix", [None], ["a"]),
         (RUN, "device", ["auto", "cpu", "cuda", "cuda:3", "mps"], ["gpu", "cuda:", "cpu:0", "", "CPU"]),
         (SWEEP, "metric", ["train/loss", "health/rankme"], ["train/agreement", "knn", "monitor/", "loss", "a/b"]),
         (SWEEP, "direction", ["auto", "max", "min"], ["up"]),
