@@ -66,13 +66,22 @@ def _tensors(content: Mapping[Any, Any], start: str, depth: int) -> Iterator[tup
 
 
 def as_stored(flat: Flat) -> Flat:
-    """Return `flat` with the tokens of DINOv2 renamed and its chunks of blocks joined, otherwise unchanged.
+    """Return `flat` unchanged."""
+    return flat
+
+
+def from_dinov2(flat: Flat) -> Flat | None:
+    """Rename the tokens of DINOv2 to those of timm, and join its chunks of blocks.
 
     DINOv2 calls the registers `register_tokens`. Its training divides the blocks into chunks, and `blocks.1.7.norm1`
-    is block 7.
+    is block 7. timm's EfficientNets have keys of this form as well, so `as_stored` precedes this layout. Returns None
+    if there is no such key in `flat`.
     """
-    renamed = {key.replace("register_tokens", "reg_token"): value for key, value in flat.items()}
-    return {re.sub(r"(^|\.)blocks\.\d+\.(\d+)\.", r"\1blocks.\2.", key): value for key, value in renamed.items()}
+    renamed = {
+        re.sub(r"(^|\.)blocks\.\d+\.(\d+)\.", r"\1blocks.\2.", key.replace("register_tokens", "reg_token")): value
+        for key, value in flat.items()
+    }
+    return renamed if renamed.keys() != flat.keys() else None
 
 
 def from_sequential(flat: Flat) -> Flat | None:
@@ -146,6 +155,7 @@ def _renamed(key: str, rules: tuple[tuple[str, str], ...]) -> str:
 
 LAYOUTS: tuple[Callable[[Flat], Flat | None], ...] = (
     as_stored,
+    from_dinov2,
     from_sequential,
     from_hugging_face_vit,
     from_hugging_face_resnet,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from sslcli.weights.key_layouts import (
-    as_stored,
     flattened,
+    from_dinov2,
     from_hugging_face_resnet,
     from_hugging_face_vit,
     from_sequential,
@@ -29,7 +29,8 @@ def test_nested_dictionaries_are_joined_and_other_values_omitted() -> None:
 
 
 def test_registers_and_chunks_of_dinov2_are_renamed() -> None:
-    assert as_stored(
+    assert from_dinov2({"blocks.1.norm1.weight": ONE}) is None
+    assert from_dinov2(
         {"backbone.register_tokens": ONE, "blocks.1.7.norm1.weight": ONE, "blocks.1.norm1.weight": ONE}
     ) == {
         "backbone.reg_token": ONE,

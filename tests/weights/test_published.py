@@ -312,6 +312,14 @@ def test_a_vision_transformer_of_each_layout_computes_the_same(layout: str) -> N
     assert found.taken + sum(found.dropped.values()) == number_of_tensors(content)
 
 
+def test_blocks_of_blocks_are_not_taken_for_the_chunks_of_dinov2() -> None:
+    timm = pytest.importorskip("timm")
+    state = timm.create_model("mobilenetv3_small_050", num_classes=5).state_dict()
+    assert "blocks.1.0.conv_pw.weight" in state
+    found = find_weights(state, Timm("mobilenetv3_small_050", image_size=32, pretrained=False), prefix=None, where="a")
+    assert found.dropped == {"classifier.*": 2}
+
+
 def test_a_network_of_timm_computes_the_same_in_sslcli_and_in_timm() -> None:
     timm = pytest.importorskip("timm")
     options = {"img_size": 32, "patch_size": 8, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "reg_tokens": 4}
