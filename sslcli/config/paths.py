@@ -219,6 +219,13 @@ def convert_source(text: str, convert: Convert) -> str:
     return run + convert(text.removeprefix(run)) if text.startswith(run) else convert(text)
 
 
+def results_dir_of(weights: str) -> Path:
+    """Return the folder of the results of `weights`: FILE.eval beside a file, timm_NAME.eval for a timm model NAME."""
+    name = weights.removeprefix(SOURCES_OF_WEIGHTS[1])
+    path = Path(weights) if name == weights else Path("timm_" + re.sub(r"[^\w.-]", "_", name))
+    return path.with_name(f"{path.name}.eval")
+
+
 def real_path(path: str) -> str:
     """Return the absolute form of a path with symbolic links resolved, for comparisons."""
     whole = absolute(path)

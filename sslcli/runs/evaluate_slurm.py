@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from sslcli.config.own_dataset import Change
+from sslcli.config.paths import results_dir_of
 from sslcli.config.run_config import EvalConfig
 from sslcli.config.slurm import SlurmSettings
 from sslcli.engine import checkpoint_names
@@ -50,7 +51,7 @@ def launch(values: dict[str, Any]) -> int:
     with locked(folder / "submit.lock"):
         active = job.active_job(folder)
         if active is None:
-            job_id = job.submit(folder, script_of(config.launcher, folder, evaluated), values)
+            job_id = job.submit(folder, script_of(config.launcher, folder, values), values)
         else:
             job_id = active[0]
             print_text(f"job {job_id} is {active[1]} for this evaluation already")
@@ -58,9 +59,9 @@ def launch(values: dict[str, Any]) -> int:
     return job.wait(job_id, folder, command="ssl-eval") if config.launcher.wait else 0
 
 
-def results_of(evaluated: Path) -> Path:
-    """Return the folder with the results of a run, of a folder of runs or of a weight file."""
-    return evaluated / "eval" if evaluated.is_dir() else evaluated.with_name(f"{evaluated.name}.eval")
+def results_of(values: dict[str, Any]) -> Path:
+    """Return the absolute folder with the results of a run, of a folder of runs or of weights."""
+    return Path(values["run"]) / "eval" if values["run"] is not None else results_dir_of(values["weights"]).absolute()
 
 
 def folder_of(values: dict[str, Any]) -> Path:
@@ -69,16 +70,16 @@ def folder_of(values: dict[str, Any]) -> Path:
     settings["changes"] = values["_dataset_changes_"]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
     name = values["protocol"]["_target_"].rpartition(".")[2].lower()
-    return results_of(Path(values["run"] or values["weights"])) / "slurm" / f"{name}_{digest}"
+    return results_of(values) / "slurm" / f"{name}_{digest}"
 
 
-def script_of(settings: SlurmSettings, folder: Path, evaluated: Path) -> str:
-    """Return the batch script of an evaluation. `evaluated` is the run, the folder of runs or the weight file."""
-    among = evaluated if evaluated.is_dir() else results_of(evaluated)
+def script_of(settings: SlurmSettings, folder: Path, values: dict[str, Any]) -> str:
+    """Return the batch script of an evaluation. `values` is its configuration as plain values."""
+    among = values["run"] or results_of(values)  # a folder of runs contains the results of each run
     command = Command(
         name="ssl-eval",
         module=MODULE,
-        job_name=f"ssl-eval-{evaluated.name}",
+        job_name=f"ssl-eval-{Path(values['run'] or values['weights']).name}",
         saved=f"find {shlex.quote(str(among))} -path '*/features/*.pt' 2>/dev/null | sort",
         progress="features",
         restarts_from="the cached features",

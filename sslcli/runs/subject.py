@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from sslcli.config.added import resumed_dataset, with_added_keys, without_added_keys
 from sslcli.config.channels import with_channels_of
 from sslcli.config.own_dataset import FINGERPRINT, dataset_of_run, has_same_keys, has_same_paths, missing_path_hint
+from sslcli.config.paths import results_dir_of
 from sslcli.config.run_config import NetworkConfig
 from sslcli.data.sources.base import Source
 from sslcli.data.views.views import Views
@@ -24,7 +25,7 @@ from sslcli.runs import directory
 from sslcli.runs.build import accelerate, build_backbone, build_method, build_source, build_views, check_classes
 from sslcli.runs.checkpoint_of_run import load_checkpoint, provenance_of
 from sslcli.runs.teacher import stored_features
-from sslcli.runs.weights_source import NETWORK_GROUPS, WeightsSource, open_weights, results_dir_of
+from sslcli.runs.weights_source import NETWORK_GROUPS, WeightsSource, open_weights
 from sslcli.weights.files import load_strictly, wrapped
 from sslcli.weights.published import find_weights, suggested_backbone
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,13 +98,6 @@ def open_weights(spec: str, *, trust: list[str]) -> WeightsSource:
     if spec.startswith(TIMM):
         return _timm_source(spec.removeprefix(TIMM))
     return _file_source(Path(spec))
-
-
-def results_dir_of(weights: str) -> Path:
-    """Return the folder of the results of `weights`: FILE.eval beside a file, timm_NAME.eval for a timm model NAME."""
-    name = weights.removeprefix(TIMM)
-    path = Path(weights) if name == weights else Path("timm_" + re.sub(r"[^\w.-]", "_", name))
-    return path.with_name(f"{path.name}.eval")
 
 
 def _file_source(path: Path) -> WeightsSource:

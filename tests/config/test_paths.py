@@ -18,6 +18,7 @@ from sslcli.config.paths import (
     paths_of,
     quote_home_paths,
     real_path,
+    results_dir_of,
     same_paths,
     without_paths,
 )
@@ -230,3 +231,8 @@ def test_numbers_are_text_where_a_path_or_a_name_is_expected() -> None:
         assert numbers_as_text("train", {"dataset": node(folder, root=given)})["dataset"]["root"] == expected
     assert numbers_as_text("eval", {"run": 2023, "weights": None}) == {"run": "2023", "weights": None}
     assert numbers_as_text("export", {"out": 2023}) == {"out": "2023"}
+
+
+def test_results_are_written_beside_a_file_and_in_the_working_directory_for_timm() -> None:
+    assert results_dir_of("/a/net.pt") == Path("/a/net.pt.eval")
+    assert results_dir_of("timm:hf-hub:a/b.c") == Path("timm_hf-hub_a_b.c.eval")

@@ -82,6 +82,15 @@ def test_the_job_of_a_weight_file_is_beside_the_file(site: Site) -> None:
     assert f"find {site.path}/net.pt.eval -path" in (folder / "job.sbatch").read_text()
 
 
+def test_the_job_of_weights_of_timm_is_in_the_folder_of_their_results_and_is_submitted_once(site: Site) -> None:
+    line = ["weights=timm:hub/net.v1", "dataset=shapes", "launcher=slurm"]
+    assert site.evaluate(*line)[0] == 0
+    (folder,) = (site.path / "timm_hub_net.v1.eval" / "slurm").iterdir()
+    assert f"find {site.path}/timm_hub_net.v1.eval -path" in (folder / "job.sbatch").read_text()
+    site.write("squeue", f"echo RUNNING {folder}/job.sbatch")  # Slurm reports absolute paths
+    assert (site.evaluate(*line)[0], site.submissions) == (0, 1)
+
+
 def node(folder: Path, code: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Run one node of a job of which every process ends with `code`, and return the arguments of the agent."""
     monkeypatch.setenv("SLURM_JOB_ID", "41")

@@ -10,7 +10,7 @@ import torch
 from command_line import Cli
 from sslcli.backbones.small import Small
 from sslcli.errors import ConfigError
-from sslcli.runs.weights_source import open_weights, results_dir_of
+from sslcli.runs.weights_source import open_weights
 from sslcli.weights.published import find_weights
 
 
@@ -34,8 +34,3 @@ def test_a_plain_file_states_nothing_about_its_network(tmp_path: Path) -> None:
     assert source.provenance["weights"] == str(tmp_path / "a.pt")
     with pytest.raises(ConfigError, match=r"config\.yaml"):
         open_weights(f"run:{tmp_path}", trust=[])
-
-
-def test_results_are_written_beside_a_file_and_in_the_working_directory_for_timm() -> None:
-    assert results_dir_of("/a/net.pt") == Path("/a/net.pt.eval")
-    assert results_dir_of("timm:hf-hub:a/b.c") == Path("timm_hf-hub_a_b.c.eval")
