@@ -48,7 +48,10 @@ def read_safetensors(file: BinaryIO) -> dict[str, Tensor]:
     length = int.from_bytes(file.read(8), "little")
     if length > min(size, LARGEST_HEADER):
         raise ValueError(f"its header has {length} bytes, but the file ends before")
-    header = json.loads(file.read(length))
+    try:
+        header = json.loads(file.read(length))
+    except RecursionError as error:
+        raise ValueError("its header is nested too deeply") from error
     if not isinstance(header, dict):
         raise ValueError("its header is not a mapping")
     header.pop("__metadata__", None)
@@ -76,9 +79,9 @@ def _extent(name: str, entry: Any, available: int) -> tuple[int, int]:
         numbers = [*shape, start, end]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"the header has no dtype, shape and data_offsets of {name}") from error
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise ValueError(f"{name} has the dtype {dtype!r}, but these are read: {', '.join(DTYPES)}")
-    if any(type(number) is not int or number < 0 for number in numbers) or end > available:
+    if any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers) or end > available:
         raise ValueError(f"the header has an invalid shape or position of {name}")
     if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
         raise ValueError(f"{name} has {end - start} bytes, but its shape {tuple(shape)} needs another number")

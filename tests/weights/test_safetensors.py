@@ -58,6 +58,8 @@ FOUR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         ({"a": FOUR | {"shape": [2]}}, b"1234", "a has 4 bytes"),
         ({"a": FOUR | {"shape": [-1]}}, b"1234", "invalid shape or position"),
         ({"a": FOUR | {"dtype": "F4"}}, b"1234", "'F4', but these are read"),
+        ({"a": FOUR | {"dtype": ["F32"]}}, b"1234", "but these are read"),
+        ({"a": {"dtype": "F32", "shape": [1 << 70, 0], "data_offsets": [0, 0]}}, b"", "invalid shape"),
         ({"a": {"dtype": "F32"}}, b"1234", "no dtype, shape and data_offsets of a"),
         ({"a": 3}, b"1234", "no dtype, shape and data_offsets of a"),
         ({"a": FOUR, "b": FOUR}, b"1234", "do not fill"),
@@ -72,4 +74,11 @@ def test_a_truncated_header_is_refused(tmp_path: Path) -> None:
     path = written(tmp_path / "a", {"a": FOUR}, b"")
     path.write_bytes(path.read_bytes()[:20])
     with path.open("rb") as file, pytest.raises(ValueError, match="but the file ends before"):
+        read_safetensors(file)
+
+
+def test_a_deeply_nested_header_is_refused(tmp_path: Path) -> None:
+    header = b'{"a":' + b"[" * 200_000
+    (tmp_path / "a").write_bytes(len(header).to_bytes(8, "little") + header)
+    with (tmp_path / "a").open("rb") as file, pytest.raises(ValueError, match="nested too deeply"):
         read_safetensors(file)
