@@ -17,7 +17,7 @@ from hydra.core.singleton import Singleton
 
 from sslcli.cli.command import ANSWERED_BY_HYDRA, read_arguments
 from sslcli.cli.compose import checked_jobs
-from sslcli.cli.eval import check_changes, check_network
+from sslcli.cli.eval import check_changes, check_network, with_run_of_weights
 from sslcli.config.run_config import EvalConfig
 from sslcli.errors import ConfigError
 from sslcli.runs.launch import run_config
@@ -108,7 +108,7 @@ def evaluate(overrides: Sequence[str]) -> EvaluationResult:
 
     See `train` for the arguments, the errors, and the restored settings.
     """
-    job = composed("eval", overrides)
+    job = with_run_of_weights(composed("eval", overrides))
     check_network(job, "give run=DIR, or weights=FILE with backbone=... and dataset=..., and not both")
     if job["run"] is not None and not (Path(job["run"]) / "config.yaml").exists():
         raise ConfigError(f"run is {job['run']!r}, but it has no config.yaml: sslcli.evaluate evaluates one run")
@@ -165,10 +165,13 @@ def restored_process(device: str, trust: Sequence[str]) -> Iterator[None]:
         raise ConfigError("sslcli.train and sslcli.evaluate handle signals, so they must be called in the main thread")
     path, environment, collects = list(sys.path), dict(os.environ), gc.isenabled()
     find_trusted(trust)
+    from sslcli.data import worker_server
     from sslcli.distributed import devices  # torch may set environment variables when it is imported
 
     try:
-        with devices.unchanged_settings(), devices.unchanged_random_state(devices.pick_device(device)):
+        chosen = devices.pick_device(device)
+        worker_server.start(chosen)  # reading the random state of a GPU initializes CUDA
+        with devices.unchanged_settings(), devices.unchanged_random_state(chosen):
             yield
     finally:
         sys.path[:] = path

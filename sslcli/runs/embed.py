@@ -221,8 +221,8 @@ def embed(
     )
     given = os.fspath(images) if isinstance(images, (str, os.PathLike)) else [os.fspath(path) for path in images]
     chosen = devices.pick_device(config.device)
+    worker_server.start(chosen)  # reading the random state of a GPU initializes CUDA
     with devices.unchanged_settings(), devices.unchanged_random_state(chosen), Screen() as screen:
-        worker_server.start(chosen)
         devices.prepare(chosen, deterministic=True)
         embedding = prepare(config, chosen, screen, images=given_images(given), split="all")
         screen.start("embedding", total=embedding.total)

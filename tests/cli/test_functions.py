@@ -21,6 +21,8 @@ from omegaconf import OmegaConf
 import sslcli
 from command_line import SMALL, Cli
 from small_runs import differences, newest
+from sslcli.data import worker_server
+from sslcli.distributed import devices
 from sslcli.errors import ConfigError, Stopped, TrainingFailed
 
 LINE = [*SMALL, "monitor.knn_k=10"]  # as the fixture run_dir
@@ -125,11 +127,29 @@ def test_failed_and_stopped_runs_raise_and_can_be_called_again(tmp_path: Path, m
         sslcli.train(line)
 
 
+def test_the_server_of_data_workers_starts_before_cuda_is_initialized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def reads_random_state(device: torch.device) -> None:  # this initializes CUDA
+        calls.append("random state")
+        raise InterruptedError
+
+    monkeypatch.setattr(worker_server, "start", lambda device: calls.append("server"))
+    monkeypatch.setattr(devices, "unchanged_random_state", reads_random_state)
+    with pytest.raises(InterruptedError):
+        sslcli.train([*LINE, f"run_dir={tmp_path}/run"])
+    with pytest.raises(InterruptedError):
+        sslcli.embed(tmp_path, tmp_path)
+    assert calls == ["server", "random state"] * 2
+
+
 def test_evaluations_of_nothing_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give run=DIR"):
         sslcli.evaluate([])
     with pytest.raises(ConfigError, match=r"has no config\.yaml"):
-        sslcli.evaluate([f"run={tmp_path}"])
+        sslcli.evaluate([f"weights=run:{tmp_path}"])
     with pytest.raises(ConfigError, match="there is no such path"):
         sslcli.evaluate(["run=/nonesuch"])
 
