@@ -13,12 +13,13 @@ from sslcli.config.settings import ExportSettings
 from sslcli.errors import EXIT_FAILED, ConfigError, TrainingFailed, is_disk_failure, print_error
 from sslcli.report.console import Screen
 from sslcli.runs.export_check import Images, comparison_images, features_of, result_of
-from sslcli.runs.export_folder import CARD, PREPROCESSING, check_folder, check_packages, check_target, write_folder
+from sslcli.runs.export_folder import CARD, check_folder, check_packages, check_target, write_folder
 from sslcli.runs.export_torch import USAGE, write_file
 from sslcli.runs.exported_run import ExportedRun
 from sslcli.runs.model_card import accuracies, model_card, sentence
 from sslcli.system import atomic
 from sslcli.weights.export.formats import TARGETS
+from sslcli.weights.export.preprocessing import PREPROCESSING
 from sslcli.weights.export.target import Target, Trained, json_text, not_finite
 
 

@@ -15,9 +15,10 @@ from sslcli.runs.export_check import Images, check_difference, difference, featu
 from sslcli.runs.model_card import versions
 from sslcli.system import atomic
 from sslcli.weights.export.formats import TARGETS
+from sslcli.weights.export.preprocessing import PREPROCESSING
 from sslcli.weights.export.target import Target, Trained, json_text, not_finite
 
-CARD, PREPROCESSING = "README.md", "preprocessing.json"
+CARD = "README.md"
 MAX_REASON = 400  # characters of an error of another library
 FILE_ENDINGS = (".pt", ".pth", ".bin", ".safetensors", ".onnx", ".json")
 
@@ -45,7 +46,7 @@ def check_packages(target: Target) -> None:
     """Raise ConfigError if a package that the format needs is not installed."""
     absent = [name for name in target.packages if find_spec(name) is None]
     if absent:
-        raise ConfigError(f'format is {target.name!r}, which needs {", ".join(absent)}: pip install "sslcli[export]"')
+        raise ConfigError(f"format is {target.name!r}, which needs {', '.join(absent)}: pip install {' '.join(absent)}")
 
 
 def check_folder(out: Path, target: Target) -> None:

@@ -14,7 +14,9 @@ from sslcli.methods.base import Method
 from sslcli.runs import directory
 from sslcli.runs.build import build_views, check_classes, find_class
 from sslcli.runs.checkpoint_of_run import load_checkpoint, provenance_of
-from sslcli.system.stored import DamagedFile, checked
+from sslcli.system.stored import DamagedFile, checked, read_json
+from sslcli.weights.export.formats import TARGETS
+from sslcli.weights.export.preprocessing import PREPROCESSING
 from sslcli.weights.files import broken_part
 from sslcli.weights.published_files import read_published
 from sslcli.weights.timm_weights import timm_weights
@@ -45,6 +47,14 @@ class Export(ExportOptions):
     views: dict[str, Any]
     precision: str
     provenance: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Keys of the preprocessing file of an exported folder that state how images are normalized, per channel."""
+
+    mean: list[float]
+    std: list[float]
 
 
 def check_export(path: Path, content: dict[str, Any]) -> None:
@@ -104,7 +114,7 @@ def _file_source(path: Path) -> WeightsSource:
     content = read_published(path)
     provenance = {"weights": str(path.absolute()), "checkpoint_sha256": checkpoint.sha256(path)}
     if not content.keys() >= Export.__required_keys__:  # other weight files lack some of these keys
-        return WeightsSource(str(path), content, provenance=provenance)
+        return _folder_source(path, content, provenance)
     check_export(path, content)
     exported = current_config(content)[0]
     part = exported.get("evaluated_part", Method.evaluated_part) if exported["what"] == "method" else ""
@@ -118,6 +128,15 @@ def _file_source(path: Path) -> WeightsSource:
         std=exported["std"],
         exported=exported,
     )
+
+
+def _folder_source(path: Path, content: dict[str, Any], provenance: dict[str, Any]) -> WeightsSource:
+    """Return the source of a weight file, with the normalization that ssl-export wrote beside it, if it did."""
+    beside, mean, std = path.with_name(PREPROCESSING), None, None
+    if path.name in {target.weights_file for target in TARGETS.values()} and beside.is_file():
+        stated = read_json(beside, Normalization, remedy="export the run again, or remove the file")
+        mean, std = stated.mean, stated.std
+    return WeightsSource(str(path), content, provenance=provenance, mean=mean, std=std)
 
 
 def _run_source(run_dir: Path, trust: list[str]) -> WeightsSource:

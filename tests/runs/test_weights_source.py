@@ -34,3 +34,16 @@ def test_a_plain_file_states_nothing_about_its_network(tmp_path: Path) -> None:
     assert source.provenance["weights"] == str(tmp_path / "a.pt")
     with pytest.raises(ConfigError, match=r"config\.yaml"):
         open_weights(f"run:{tmp_path}", trust=[])
+
+
+def test_a_file_in_an_exported_folder_has_the_normalization_of_the_run(trained: Path, cli: Cli, tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    assert cli("ssl-export", f"run={trained}", "format=safetensors", f"out={folder}").code == 0
+    source = open_weights(str(folder / "model.safetensors"), trust=[])
+    assert (source.mean, source.std) == ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # SimCLR does not normalize
+    (folder / "model.safetensors").rename(folder / "other.safetensors")  # not a file of ssl-export
+    assert open_weights(str(folder / "other.safetensors"), trust=[]).mean is None
+    (folder / "other.safetensors").rename(folder / "model.safetensors")
+    (folder / "preprocessing.json").write_text('{"mean": [0.5]}')
+    with pytest.raises(ConfigError, match=r"preprocessing\.json is damaged .* export the run again"):
+        open_weights(str(folder / "model.safetensors"), trust=[])

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+PREPROCESSING = "preprocessing.json"  # name of the file in an exported folder
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preprocessing:
