@@ -124,12 +124,13 @@ def from_hugging_face_vit(flat: Flat) -> Flat | None:
 
 
 def _joined_qkv(flat: Flat) -> Flat:
-    """Join `attn.query`, `attn.key` and `attn.value` of each block to `attn.qkv`, as far as all three are there."""
+    """Join `attn.query`, `attn.key` and `attn.value` of each block to `attn.qkv`, if all three have the same shape."""
     joined = dict(flat)
     for key in flat:
         start, middle, end = key.partition(".attn.query.")
         three = [f"{start}.attn.{name}.{end}" for name in ("query", "key", "value")]
-        if middle and joined.keys() >= set(three):
+        shapes = {joined[name].shape if name in joined else None for name in three}
+        if middle and len(shapes) == 1 and joined[three[0]].ndim:
             joined[f"{start}.attn.qkv.{end}"] = torch.cat([joined.pop(name) for name in three])
     return joined
 

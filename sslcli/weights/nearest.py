@@ -36,6 +36,7 @@ def _fits(flat: Flat, net: nn.Module) -> bool:
 
 def _candidates(flat: Flat) -> Iterator[tuple[str, nn.Module | None]]:
     """Yield sentences and networks. Where the sentence alone is the answer, the network is None."""
+    flat = {key: value for key, value in flat.items() if value.numel()}  # no layer has a width of 0
     with torch.device("meta"):
         for key in flat:
             if key.endswith("patch_embed.proj.weight"):

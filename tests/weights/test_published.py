@@ -312,6 +312,21 @@ def test_a_vision_transformer_of_each_layout_computes_the_same(layout: str) -> N
     assert found.taken + sum(found.dropped.values()) == number_of_tensors(content)
 
 
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"embeddings.patch_embeddings.projection.weight": (4, 3, 2, 2)}
+        | {f"encoder.layer.0.attention.attention.{name}.weight": () for name in ("query", "key", "value")},
+        {"patch_embed.proj.weight": (0, 3, 2, 2), "pos_embed": (1, 5, 4), "blocks.0.mlp.fc1.weight": (8, 4)}
+        | {"cls_token": (1, 1, 4)},
+        {"block1.0.weight": (0, 3, 2, 2)},
+    ],
+)
+def test_shapes_of_no_network_are_refused_without_a_traceback(shapes: dict[str, tuple[int, ...]]) -> None:
+    with pytest.raises(ConfigError, match="does not fit this net"):
+        found_in({name: torch.ones(shape) for name, shape in shapes.items()}, own_vit())
+
+
 def test_blocks_of_blocks_are_not_taken_for_the_chunks_of_dinov2() -> None:
     timm = pytest.importorskip("timm")
     state = timm.create_model("mobilenetv3_small_050", num_classes=5).state_dict()
