@@ -29,10 +29,9 @@ from sslcli.nn.modes import evaluating
 from sslcli.report.console import Screen
 from sslcli.runs.encoder import UNKNOWN_SIZE, pixel_format_of, subject_of
 from sslcli.runs.evaluate import check_images_fit, report_other_images
+from sslcli.runs.evaluation import PATH_KEYS
 from sslcli.runs.result_name import dataset_facts
 from sslcli.runs.subject import Subject, load_subject
-
-PATH_KEYS = ("run", "weights", "checkpoint")  # paths in the provenance; features do not depend on these paths
 
 
 @dataclass(frozen=True)
