@@ -61,8 +61,8 @@ def _vision_transformers(flat: Flat, prefix: str) -> Iterator[tuple[str, nn.Modu
     if projection.ndim != 4 or positions is None or positions.ndim != 3 or hidden is None or hidden.ndim != 2:
         return
     width, channels, patch = len(projection), projection.shape[1], projection.shape[2]
-    numbers = [re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", key) for key in flat]
-    depth = 1 + max(int(found[1]) for found in numbers if found)
+    # The number of blocks with weights, not the largest number in the keys: it limits the size of the network.
+    depth = len({found[1] for key in flat if (found := re.match(rf"{re.escape(prefix)}blocks\.(\d+)\.", key))})
     size = patch * isqrt(positions.shape[1])
     what = f"the file holds a vision transformer of width {width}, depth {depth} and patches of {patch} pixels"
     if f"{prefix}cls_token" not in flat:

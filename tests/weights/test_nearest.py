@@ -71,3 +71,12 @@ def test_the_small_backbone_is_recognized_and_other_networks_are_not() -> None:
     found = nearest_backbone(stored(Small, image_size=32, width=16))
     assert found == "the file holds the small backbone: backbone=small backbone.width=16"
     assert nearest_backbone({"conv1.weight": torch.zeros(2, 3, 3, 3), "block1.0.weight": torch.zeros(4)}) is None
+
+
+def test_a_large_number_in_a_key_is_no_depth() -> None:
+    shapes = {"patch_embed.proj.weight": (4, 3, 2, 2), "pos_embed": (1, 4, 4), "blocks.0.mlp.fc1.weight": (8, 4)}
+    found = nearest_backbone(
+        {name: torch.ones(shape) for name, shape in shapes.items()} | {"blocks.9999.a": torch.ones(1)}
+    )
+    assert found is not None
+    assert "depth 2 " in found
