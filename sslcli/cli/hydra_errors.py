@@ -62,8 +62,9 @@ def unreadable(line: str, error: BaseException | None = None) -> str:
             "list is written key.0"
         )
     return (
-        f"cannot read {line!r} in the command line ({one_line(error or '')}): quote a value with =, brackets, quotes "
-        f"""or spaces twice, once for the shell: {key}='"{value.strip("'").replace('"', "")}"'"""
+        f"cannot read {line!r} in the command line ({one_line(error or '')}): quote a value with =, brackets, quotes, "
+        "spaces or letters other than a to z twice, once for the shell: "
+        f"""{key}='"{value.strip("'").replace('"', "")}"'"""
     )
 
 

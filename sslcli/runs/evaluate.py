@@ -282,7 +282,9 @@ def write_result(outcome: Outcome | None, prepared: Prepared, started: float) ->
     evaluation, subject, source = prepared.evaluation, prepared.evaluation.subject, prepared.evaluation.source
     evaluation.variant = join_parts(outcome.variant, evaluation.variant)
     result = outcome.result | write_outcome(outcome, evaluation)
-    normalization = "normalized" if subject.views.normalize else "not normalized,"
+    normalization = "normalized as in pre-training" if subject.views.normalize else "not normalized, as in pre-training"
+    if not {"run", "exported_from"} & subject.provenance.keys():  # other weight files do not state their normalization
+        normalization = f"normalized with mean {list(subject.mean)} and std {list(subject.std)}"
     result |= {
         "measured": evaluation.quantity(result["protocol"]),
         "description": described(prepared.protocol, outcome.result),
@@ -290,7 +292,7 @@ def write_result(outcome: Outcome | None, prepared: Prepared, started: float) ->
         "protocol_settings": {key: value for key, value in prepared.node.items() if key != "_target_"},
         "feature_layer": evaluation.layer,
         "evaluated_part": evaluation.evaluated_part,
-        "transform": f"test transform at {source.image_size} px, {normalization} as in pre-training",
+        "transform": f"test transform at {source.image_size} px, {normalization}",
         **dataset_facts(source),
         "precision": subject.precision,
         "sslcli": __version__,

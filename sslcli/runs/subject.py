@@ -213,7 +213,7 @@ def read_weight_file(config: NetworkConfig) -> WeightsSource:
     if not (config.backbone or weights.backbone):
         hint = suggested_backbone(weights.content)
         raise ConfigError(
-            f"weights=FILE requires backbone=..., unless the file was written by ssl-export{hint and ': ' + hint}"
+            f"weights=FILE requires backbone=..., unless ssl-export format=torch wrote the file{hint and ': ' + hint}"
         )
     return weights
 
@@ -239,7 +239,8 @@ def subject_of_file(
 
     def build_trained() -> nn.Module:
         net = build_untrained()
-        load_strictly(net, wrapped(net, state), weights.where)
+        remedy = "Remove backbone=...: the file states its backbone" if exported else "Give the backbone it belongs to"
+        load_strictly(net, wrapped(net, state), weights.where, remedy=remedy)
         return net
 
     provenance = {**weights.provenance, **found, **facts}

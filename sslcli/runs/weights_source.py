@@ -10,6 +10,7 @@ from typing import Any, TypedDict
 from sslcli.config.moved import current_config
 from sslcli.config.paths import SOURCES_OF_WEIGHTS
 from sslcli.engine import checkpoint
+from sslcli.errors import ConfigError
 from sslcli.methods.base import Method
 from sslcli.runs import directory
 from sslcli.runs.build import build_views, check_classes, find_class
@@ -111,6 +112,8 @@ def open_weights(spec: str, *, trust: list[str]) -> WeightsSource:
 
 
 def _file_source(path: Path) -> WeightsSource:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder, not a file of weights{_inside(path)}")
     content = read_published(path)
     provenance = {"weights": str(path.absolute()), "checkpoint_sha256": checkpoint.sha256(path)}
     if not content.keys() >= Export.__required_keys__:  # other weight files lack some of these keys
@@ -128,6 +131,14 @@ def _file_source(path: Path) -> WeightsSource:
         std=exported["std"],
         exported=exported,
     )
+
+
+def _inside(folder: Path) -> str:
+    """Return the end of an error message: which source to name instead of the folder, if it contains one."""
+    if (folder / "config.yaml").is_file():
+        return f": write {RUN}{folder} for the newest checkpoint of the run"
+    files = [folder / target.weights_file for target in TARGETS.values()]
+    return next((f": write {path}" for path in files if path.is_file() and path.suffix != ".onnx"), "")
 
 
 def _folder_source(path: Path, content: dict[str, Any], provenance: dict[str, Any]) -> WeightsSource:

@@ -38,8 +38,8 @@ def read_weights(file: BinaryIO, path: Path, *, device: torch.device) -> dict[st
     except pickle.UnpicklingError as error:
         raise ConfigError(f"{path} was refused: it is damaged, or holds more than tensors and plain values") from error
     except Exception as error:  # damaged files can cause nearly any type of exception
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"{path} cannot be read ({reason})") from error
+        reason = f"{type(error).__name__}: {error}".strip(": ").splitlines()[0]
+        raise ConfigError(f"{path} cannot be read ({reason}): it is damaged, or not a file of weights") from error
     if not isinstance(state, dict):
         raise ConfigError(f"{path} holds a {type(state).__name__}, but a dictionary of tensors is needed")
     return state
@@ -97,11 +97,13 @@ def is_noise_state(name: str) -> bool:
     return name.endswith("noise._extra_state")
 
 
-def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:
+def load_strictly(
+    net: nn.Module, state: dict[str, Any], where: str, *, remedy: str = "Give the backbone it belongs to"
+) -> None:
     """Load a state dict into `net`. Raises ConfigError if a key or shape differs.
 
-    `where` describes the source of the state dict, such as the path of a file. The message begins with it and lists the
-    differences.
+    `where` describes the source of the state dict, such as the path of a file. The message begins with it, lists the
+    differences and ends with `remedy`.
     """
     own = net.state_dict()
     state = with_noise_states(with_current_names(state, own), own)
@@ -116,6 +118,6 @@ def load_strictly(net: nn.Module, state: dict[str, Any], where: str) -> None:
             f"{where} does not fit this net, and a net with other weights would be measured in its place: "
             f"{len(missing)} keys are missing ({', '.join(missing[:3]) or '-'}), "
             f"{len(unknown)} are unknown ({', '.join(unknown[:3]) or '-'}), "
-            f"{len(shapes)} differ in shape ({'; '.join(sorted(shapes)[:3]) or '-'}). Give the backbone it belongs to"
+            f"{len(shapes)} differ in shape ({'; '.join(sorted(shapes)[:3]) or '-'}). {remedy}"
         )
     net.load_state_dict(state)

@@ -167,7 +167,7 @@ def _refusal(
     """Return the error of a checkpoint that does not fit. `best` is the place with the most tensors that fit."""
     hint = suggested_backbone(flat)
     if best is None:
-        if prefix is not None:
+        if prefix is not None and not (prefix == "" and hint):  # sources of a single network state the prefix ""
             known = {place.prefix for layout in LAYOUTS for place in places(layout(flat) or {}, own) if place.fits}
             names = ", ".join(map(repr, sorted(known, key=lambda found: (rank(found), found))))
             offer = f"these fit: {names}" if known else "no other prefix fits either"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def read_published(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from error
     except ValueError as error:
         cause = error.__cause__
-        if isinstance(cause, pickle.UnpicklingError) and "nsupported" in str(cause):
+        if isinstance(cause, pickle.UnpicklingError) and re.search("[Uu]nsupported (?!operand)", str(cause)):
             raise ConfigError(f"{error}: {_remedy(path, str(cause))}") from error
         if isinstance(error, ConfigError):
             raise

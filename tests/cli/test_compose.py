@@ -138,6 +138,7 @@ WRONG: list[tuple[str, list[str]]] = [
     ("epochs", ["'epochs'", "key=value"]),
     ("=5", ["'=5'", "key=value"]),
     ("train.milestones=[0.5", ["'train.milestones=[0.5'", "quote a value"]),
+    ("run_dir=größe", ["letters other than a to z", "run_dir='\"größe\"'"]),
     ("run_dir=/tmp/a=b", ["'run_dir=/tmp/a=b'", "run_dir='\"/tmp/a=b\"'"]),
     ("views.views[0].blur=1", ["'views.views[0].blur=1'", "key.0"]),
     ("--epochs 5", ["--epochs", "key=value"]),

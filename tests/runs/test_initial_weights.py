@@ -104,6 +104,17 @@ def test_a_run_directory_is_a_source_and_other_normalization_is_told(cli: Cli, s
     assert "is finished already" in cli("ssl-train", *line, f"init=run:{source}/run").out
 
 
+def test_an_export_of_another_backbone_is_refused_with_the_remedy(cli: Cli, source: Path, tmp_path: Path) -> None:
+    line = ["dataset=shapes", *LINE[:2], "backbone=resnet18"]
+    ended = cli("ssl-train", *line, f"init={source}/net.pt", f"run_dir={tmp_path}/run")
+    assert ended.code == 2
+    assert "it has no key of the backbone" in ended.err
+    assert "backbone=small backbone.width=4" in ended.err
+    ended = cli("ssl-eval", *line, f"weights={source}/net.pt", "protocol=knn", "baselines=false")
+    assert ended.code == 2
+    assert "Remove backbone=...: the file states its backbone" in ended.err
+
+
 def saved_backbone(word: str, path: Path, *, seed: int = 5) -> dict[str, Any]:
     """Save the backbone of a method with the weights of another seed."""
     config = config_of(word)

@@ -33,6 +33,7 @@ def test_a_bare_backbone_is_measured(weights: Path, cli: Cli) -> None:
     assert found["weights"] == str(weights)
     assert found["checkpoint_sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
     assert {"random", "pixels"} == found["baselines"].keys()
+    assert found["transform"].endswith("px, normalized with mean [0.5, 0.5, 0.5] and std [0.25, 0.25, 0.25]")
 
 
 def test_a_prefix_is_found_and_a_backbone_of_another_size_is_refused(weights: Path, cli: Cli) -> None:

@@ -39,6 +39,14 @@ def test_a_plain_file_states_nothing_about_its_network(tmp_path: Path) -> None:
 def test_a_file_in_an_exported_folder_has_the_normalization_of_the_run(trained: Path, cli: Cli, tmp_path: Path) -> None:
     folder = tmp_path / "exported"
     assert cli("ssl-export", f"run={trained}", "format=safetensors", f"out={folder}").code == 0
+    for other, named in (
+        (folder, f"{folder}/model.safetensors"),
+        (trained, f"run:{trained} for the newest checkpoint"),
+    ):
+        with pytest.raises(ConfigError, match=f"is a folder, not a file of weights: write {named}"):
+            open_weights(str(other), trust=[])
+    with pytest.raises(ConfigError, match=r"is a folder, not a file of weights$"):
+        open_weights(str(tmp_path), trust=[])
     source = open_weights(str(folder / "model.safetensors"), trust=[])
     assert (source.mean, source.std) == ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # SimCLR does not normalize
     (folder / "model.safetensors").rename(folder / "other.safetensors")  # not a file of ssl-export

@@ -85,6 +85,12 @@ def test_files_without_weights_are_refused(tmp_path: Path) -> None:
     torch.save([WEIGHT], tmp_path / "a.pt")
     with pytest.raises(ConfigError, match="holds a list"):
         read_published(tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"a.pt cannot be read \(EOFError.*damaged, or not a file of weights"):
+        read_published(tmp_path / "a.pt")
+    (tmp_path / "a.pt").write_bytes(b"\x08\x0a:pytorch")  # the start of a file of ONNX
+    with pytest.raises(ConfigError, match=r"holds more than tensors and plain values$"):
+        read_published(tmp_path / "a.pt")
     (tmp_path / "a.pt").write_bytes(b"\x80\x02 not a pickle")
     with pytest.raises(ConfigError, match=r"a.pt (was refused|cannot be read)"):
         read_published(tmp_path / "a.pt")
