@@ -25,7 +25,7 @@ from sslcli.system.child_processes import find_trusted
 from sslcli.system.launch_variables import launched
 from sslcli.system.memory import release_freed_memory
 
-REFUSED_FLAGS = (*ANSWERED_BY_HYDRA, "cfg", "multirun")
+REFUSED_FLAGS = (*ANSWERED_BY_HYDRA, "cfg", "help", "multirun")
 
 
 @dataclass(frozen=True)

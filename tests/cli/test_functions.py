@@ -92,6 +92,7 @@ def test_a_finished_run_is_returned_at_once_and_a_longer_one_is_extended(result:
         (["launcher=multi"], "use the command ssl-train"),
         (["dry_run=true"], "dry_run is true"),
         (["--multirun", "seed=1,2"], "the flag --multirun works only"),
+        (["--help"], "the flag --help works only"),
         (["--nonesuch"], "there is no flag"),
         ("seed=1", "must be a list of strings"),
         (["dataset=flat", "dataset.root=/none"], "/none"),
