@@ -141,7 +141,7 @@ def test_a_logged_step_copies_the_means_and_the_first_bad_step_once(tmp_path: Pa
         take_step(run, 1)
         run.stop.close()
         run.monitor.close()
-    assert [place.partition(":")[0] for place in counter.found] == ["_to_copy in engine/monitor.py"] * 2
+    assert [place.partition(":")[0] for place in counter.found] == ["_to_copy in engine/metric_means.py"] * 2
 
 
 def test_the_health_metrics_are_copied_together() -> None:

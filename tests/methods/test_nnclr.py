@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from golden_cases import Case, golden_cases
 from processes import Pair, my_half
-from sslcli.methods.moco import enqueue
 from sslcli.methods.nnclr import NNCLR, nearest, neighbor_contrast
 from sslcli.methods.simclr import nt_xent
+from sslcli.nn.queue import enqueue
 from tiny import TinyNet, make_batch
 
 

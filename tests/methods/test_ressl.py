@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from golden_cases import Case, golden_cases
-from sslcli.methods.moco import enqueue
 from sslcli.methods.ressl import ReSSL, relation_loss
+from sslcli.nn.queue import enqueue
 from tiny import TinyNet, make_batch
 
 
