@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from sslcli.runs.subject import (
     subject_of_file,
     subject_of_run,
 )
+from sslcli.runs.weights_source import source_inside
 
 RUN, TIMM = SOURCES_OF_WEIGHTS
 UNKNOWN_SIZE = 224  # image size in pixels if a weight file does not contain it
@@ -221,6 +223,8 @@ def network_config(
         if not os.path.exists(name):
             raise ConfigError(f"there is no run directory or weight file {name!r}")
     is_run = os.path.isdir(name)
+    if is_run and not os.path.exists(os.path.join(name, "config.yaml")):
+        raise ConfigError(f"{name} is a folder, but not a run directory{source_inside(Path(name))}")
     if is_run and (backbone is not None or weights_prefix is not None):
         raise ConfigError(f"{name} is a run directory, which states its network: remove backbone and weights_prefix")
     node = backbone_node(backbone, image_size=image_size) if isinstance(backbone, str) else backbone

@@ -16,7 +16,9 @@ from sslcli.runs.export_check import Images, comparison_images, features_of, res
 from sslcli.runs.export_folder import CARD, check_folder, check_packages, check_target, write_folder
 from sslcli.runs.export_torch import USAGE, write_file
 from sslcli.runs.exported_run import ExportedRun
+from sslcli.runs.initial_weights import ROW as INITIAL_WEIGHTS
 from sslcli.runs.model_card import accuracies, model_card, sentence
+from sslcli.runs.teacher import ROW as TEACHER
 from sslcli.system import atomic
 from sslcli.weights.export.formats import TARGETS
 from sslcli.weights.export.preprocessing import PREPROCESSING
@@ -119,10 +121,12 @@ def card_of(
     `difference` is the result of the comparison on `images`, or None if the weights are not finite.
     """
     does_normalize = target is not None and target.normalizes
+    effective = run.saved["effective"]
     check = "The weights are not finite." if difference is None else result_of(difference, images)
     return model_card(
         run.facts,
         run.saved.get("about") or {},
+        sources={row: effective[row] for row in (INITIAL_WEIGHTS, TEACHER) if row in effective},
         preprocessing=sentence(run.preprocessing(is_native=images.is_native), is_normalized_by_model=does_normalize),
         usage=usage,
         table=table,

@@ -11,6 +11,7 @@ from sslcli.report.evaluation_tables import results
 from sslcli.runs.exported_run import ExportedRun
 from sslcli.weights.export.preprocessing import Preprocessing
 
+LICENSE_OF_SOURCES = "The licenses of the other weights that are named above may restrict it.\n"
 PACKAGES = ("sslcli", "torch", "torchvision")  # their versions are always part of the card
 
 
@@ -68,6 +69,7 @@ def model_card(
     facts: dict[str, Any],
     about: dict[str, Any],
     *,
+    sources: dict[str, dict[str, Any]],
     preprocessing: str,
     usage: str,
     table: str,
@@ -80,6 +82,7 @@ def model_card(
     Args:
         facts: the entries of an export that describe its origin.
         about: title, year and paper of the method; {} if the run does not state them.
+        sources: records of other weights that the run used, such as those of its teacher, see `other_weights`.
         preprocessing, usage, table, check: texts of sections.
         packages: packages besides torch whose versions are stated.
         library: name of the library for the Hugging Face Hub; "" = no header for the Hub.
@@ -99,7 +102,7 @@ def model_card(
 - Backbone: {named} ({", ".join(f"{key}={value}" for key, value in backbone.items() if key != "_target_")})
 - Images: {facts["num_images"]:,} training images of {origin["pretrained_on"]}, fingerprint {facts["image_fingerprint"]}
 - Checkpoint: step {origin["step"]:,}, SHA-256 {origin["checkpoint_sha256"]}
-
+{other_weights(sources)}
 ## Use
 
 Preprocessing of `images` (N, {len(facts["mean"])}, {facts["image_size"]}, {facts["image_size"]}): {preprocessing}
@@ -120,4 +123,16 @@ Versions: {versions(packages)}.
 ## License
 
 Not stated. Add the license of the weights before you publish them.
-"""
+{LICENSE_OF_SOURCES if sources else ""}"""
+
+
+def other_weights(sources: dict[str, dict[str, Any]]) -> str:
+    """Return one line of a Markdown list for each record of other weights, such as {"teacher": record}.
+
+    A record has the keys of `WeightsSource.provenance`.
+    """
+    lines = [
+        f"- {title.capitalize()}: {record.get('weights') or record.get('run')}, SHA-256 {record['checkpoint_sha256']}\n"
+        for title, record in sources.items()
+    ]
+    return "".join(lines)

@@ -113,7 +113,7 @@ def open_weights(spec: str, *, trust: list[str]) -> WeightsSource:
 
 def _file_source(path: Path) -> WeightsSource:
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder, not a file of weights{_inside(path)}")
+        raise ConfigError(f"{path} is a folder, not a file of weights{source_inside(path)}")
     content = read_published(path)
     provenance = {"weights": str(path.absolute()), "checkpoint_sha256": checkpoint.sha256(path)}
     if not content.keys() >= Export.__required_keys__:  # other weight files lack some of these keys
@@ -133,7 +133,7 @@ def _file_source(path: Path) -> WeightsSource:
     )
 
 
-def _inside(folder: Path) -> str:
+def source_inside(folder: Path) -> str:
     """Return the end of an error message: which source to name instead of the folder, if it contains one."""
     if (folder / "config.yaml").is_file():
         return f": write {RUN}{folder} for the newest checkpoint of the run"

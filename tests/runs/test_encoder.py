@@ -157,6 +157,9 @@ def test_wrong_paths_and_steps_are_refused(run_dir: Path, tmp_path: Path) -> Non
         sslcli.load("/none")
     with pytest.raises(ConfigError, match="not a run directory"):
         sslcli.load(tmp_path)
+    (tmp_path / "model.safetensors").touch()  # as in a folder of ssl-export
+    with pytest.raises(ConfigError, match=r"not a run directory: write .*/model\.safetensors"):
+        sslcli.load(tmp_path)
     with pytest.raises(ConfigError, match="checkpoint is 7"):
         sslcli.load(run_dir, checkpoint=7)
     with pytest.raises(ConfigError, match="device is 'tpu'"):

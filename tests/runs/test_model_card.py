@@ -20,12 +20,36 @@ def test_the_card_has_the_results_of_its_checkpoint_only(trained: Path) -> None:
     assert "linear" not in table
     assert "| k-NN during training | val |" in table
     text = model_card(
-        run.facts, run.saved["about"], preprocessing="p", usage="u\n", table=table, check="c", library="timm"
+        run.facts,
+        run.saved["about"],
+        sources={},
+        preprocessing="p",
+        usage="u\n",
+        table=table,
+        check="c",
+        library="timm",
     )
     assert text.startswith("---\nlibrary_name: timm\n")
     for part in ("SimCLR", "arxiv.org/abs/2002.05709", "200 training images of shapes", run.loaded.digest, "```\n"):
         assert part in text
-    assert not model_card(run.facts, {}, preprocessing="p", usage="u\n", table="", check="c").startswith("---")
+    assert not model_card(run.facts, {}, sources={}, preprocessing="p", usage="u\n", table="", check="c").startswith(
+        "---"
+    )
+
+
+def test_the_card_names_the_other_weights_of_the_run(trained: Path) -> None:
+    run = exported_run(trained)
+    sources = {
+        "initial weights": {"weights": "timm:resnet18", "checkpoint_sha256": "ab12"},
+        "teacher": {"run": "/runs/large", "checkpoint_sha256": "cd34"},
+    }
+    plain, full = (
+        model_card(run.facts, {}, sources=given, preprocessing="p", usage="u\n", table="t", check="c")
+        for given in ({}, sources)
+    )
+    assert "- Initial weights: timm:resnet18, SHA-256 ab12\n- Teacher: /runs/large, SHA-256 cd34\n\n## Use" in full
+    assert "licenses of the other weights" in full
+    assert "licenses of the other weights" not in plain
 
 
 def test_a_run_without_results_says_so(trained: Path) -> None:
