@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from sslcli.config.moved import MovedModules
 
 if TYPE_CHECKING:
-    from sslcli.cli.functions import EvaluationResult as EvaluationResult
-    from sslcli.cli.functions import TrainingResult as TrainingResult
-    from sslcli.cli.functions import evaluate as evaluate
-    from sslcli.cli.functions import train as train
+    from sslcli.api.functions import EvaluationResult as EvaluationResult
+    from sslcli.api.functions import TrainingResult as TrainingResult
+    from sslcli.api.functions import evaluate as evaluate
+    from sslcli.api.functions import train as train
     from sslcli.runs.embed import Embeddings as Embeddings
     from sslcli.runs.embed import embed as embed
     from sslcli.runs.encoder import Encoder as Encoder
@@ -39,7 +39,7 @@ sys.meta_path.insert(0, MovedModules())  # else submodules of a moved package wo
 def __getattr__(name: str) -> Any:
     """Import a part of the Python API when it is first used, because the import of torch takes seconds."""
     if name in ("EvaluationResult", "TrainingResult", "evaluate", "train"):
-        from sslcli.cli import functions
+        from sslcli.api import functions
 
         return getattr(functions, name)
     if name in ("Embeddings", "embed"):

@@ -28,8 +28,9 @@ ORDER = (
     "runs",
     "sweeps",
     "cli",
+    "api",
 )
-KNOW_HYDRA = ("cli",)
+KNOW_HYDRA = ("api", "cli")
 KNOW_OMEGACONF = ("cli", "config")
 IMPORTS_BY_NAME = ("sslcli.runs.build", "sslcli.config.moved")
 FORBIDDEN_NAMES = ("util", "utils", "helper", "helpers", "common", "manager", "misc")

@@ -19,7 +19,7 @@ def main() -> None:
 
 def embed(config: dict[str, Any]) -> int:
     """Write the features of a validated configuration, and return the exit code."""
-    from sslcli.cli.eval import check_changes, check_network, with_run_of_weights
+    from sslcli.runs.network_choice import check_changes, check_network, with_run_of_weights
 
     config = with_run_of_weights(config)
     check_network(config, "give run=DIR, or weights=FILE, and not both")

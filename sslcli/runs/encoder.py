@@ -223,7 +223,7 @@ def network_config(
         if not os.path.exists(name):
             raise ConfigError(f"there is no run directory or weight file {name!r}")
     is_run = os.path.isdir(name)
-    if is_run and not os.path.exists(os.path.join(name, "config.yaml")):
+    if is_run and not os.path.exists(os.path.join(name, "config.yaml")) and source_inside(Path(name)):
         raise ConfigError(f"{name} is a folder, but not a run directory{source_inside(Path(name))}")
     if is_run and (backbone is not None or weights_prefix is not None):
         raise ConfigError(f"{name} is a run directory, which states its network: remove backbone and weights_prefix")

@@ -41,17 +41,17 @@ def timm_weights(name: str) -> TimmWeights:
         ) from error
     try:
         with without_pickles():
-            net = timm.create_model(name, pretrained=True, num_classes=0)
+            model = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:  # any cause: an unknown name, a failed download, a damaged file
         raise ConfigError(
             f"timm:{name} cannot be loaded from timm's cache or the network ({type(error).__name__}: "
             f"{first_line(error)}): choose a name from timm.list_pretrained(), connect to the network once, or "
             "download the file of the weights and give its path"
         ) from error
-    state = net.state_dict()
+    state = model.state_dict()
     digest = hashlib.sha256()
     for key, value in state.items():
         digest.update(key.encode())
         digest.update(value.cpu().contiguous().numpy().tobytes())
-    facts: dict[str, Any] = getattr(net, "pretrained_cfg", None) or {}
+    facts: dict[str, Any] = getattr(model, "pretrained_cfg", None) or {}
     return TimmWeights(state, timm.__version__, digest.hexdigest(), facts.get("mean"), facts.get("std"))

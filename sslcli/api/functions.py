@@ -17,10 +17,10 @@ from hydra.core.singleton import Singleton
 
 from sslcli.cli.command import ANSWERED_BY_HYDRA, read_arguments
 from sslcli.cli.compose import checked_jobs
-from sslcli.cli.eval import check_changes, check_network, with_run_of_weights
 from sslcli.config.run_config import EvalConfig
 from sslcli.errors import ConfigError
 from sslcli.runs.launch import run_config
+from sslcli.runs.network_choice import check_changes, check_network, with_run_of_weights
 from sslcli.system.child_processes import find_trusted
 from sslcli.system.launch_variables import launched
 from sslcli.system.memory import release_freed_memory

@@ -1,0 +1,1 @@
+"""Python functions that run the commands in the process of the caller."""
