@@ -126,8 +126,9 @@ def run_dir(work_dir: Path) -> Path:
 
 @pytest.fixture
 def trained(run_dir: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run, to evaluate, export or change."""
-    return Path(shutil.copytree(run_dir, tmp_path / "trained", symlinks=True))
+    """A copy of the finished run, to evaluate, export or change. It has no results of other tests."""
+    ignored = shutil.ignore_patterns("eval")
+    return Path(shutil.copytree(run_dir, tmp_path / "trained", symlinks=True, ignore=ignored))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
-from multiprocessing import context, forkserver, popen_forkserver, reduction
+from multiprocessing import context, forkserver, popen_forkserver, reduction, util
 from typing import Any, NoReturn
 
 import torch
@@ -149,6 +149,12 @@ class ServerProcess(context.SpawnProcess):
     @staticmethod
     def _Popen(process: Any) -> Any:
         return ServerPopen(process)
+
+    @staticmethod
+    def _after_fork() -> None:
+        """Forget the sockets of the parent process, as a forked process does. A spawned process inherits none."""
+        util._finalizer_registry.clear()  # type: ignore[attr-defined]
+        util._run_after_forkers()  # type: ignore[attr-defined]
 
 
 class ServerContext(context.SpawnContext):

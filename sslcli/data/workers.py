@@ -321,7 +321,7 @@ def worker_died_error(error: BaseException, workers: Iterable[BaseProcess] = ())
     error: the exception that torch raised because of it.
     workers: the data workers; their exit codes may tell more than the exception.
     """
-    first = str(error).splitlines()[0].partition(". It is possible")[0]
+    first = (str(error) or type(error).__name__).splitlines()[0].partition(". It is possible")[0]
     if "Bus error" in first or any(worker.exitcode == -signal.SIGBUS for worker in workers):
         cause = (
             f"It got a bus error. The usual cause is that {SHARED_MEMORY} is full ({free_shared_memory()}), or that an "

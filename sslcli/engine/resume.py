@@ -96,7 +96,7 @@ def _stored_environment(state: dict[str, Any]) -> dict[str, Any]:
 
     Checkpoints of versions without train.compile=auto and train.deterministic=auto contain only the settings.
     """
-    settings = state["config"].get("train", {})
+    settings = (state.get("config") or {}).get("train", {})
     stored: dict[str, Any] = {
         "deterministic kernels": settings.get("deterministic", True),
         "torch.compile": settings.get("compile", False),

@@ -244,6 +244,7 @@ def test_boxes_are_copied_to_a_gpu_without_waiting(device: str, monkeypatch: pyt
         return tensor
 
     monkeypatch.setattr(torch.Tensor, "to", copy)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(augment, "resized_crop", lambda images, boxes, size, **_: boxes)
     images = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
     assert train_loader.crop(images, torch.arange(4), range(2)).shape == (8, 4)

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from multiprocessing import resource_sharer
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class Unpicklable(Parents):
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[WorkerServer]:
     """A server of this process, in which CUDA appears to be initialized afterwards."""
     monkeypatch.setattr(worker_server, "_server", None)
+    with open(os.devnull) as shared:  # starts a thread of this process, which sends files to other processes
+        resource_sharer.DupFd(shared.fileno())
     worker_server.start(torch.device("cuda", 0))
     found = worker_server._server
     assert found is not None

@@ -47,4 +47,4 @@ def test_no_other_module_knows_the_names() -> None:
     others = [path for path in [*package.rglob("*.py"), *package.rglob("*.sh")] if path.name != "checkpoint_names.py"]
     code = {path: re.sub(r'""".*?"""', "", path.read_text("utf-8"), flags=re.DOTALL) for path in others}
     assert [path.name for path, text in code.items() if re.search(r'"checkpoints"|checkpoints/|"step-\[', text)] == []
-    assert "$checkpoint_pattern" in (package / "runs/slurm/job.sh").read_text("utf-8")
+    assert "checkpoint_names.PATTERN" in (package / "runs/slurm_job.py").read_text("utf-8")
