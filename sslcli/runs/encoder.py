@@ -223,8 +223,9 @@ def network_config(
         if not os.path.exists(name):
             raise ConfigError(f"there is no run directory or weight file {name!r}")
     is_run = os.path.isdir(name)
-    if is_run and not os.path.exists(os.path.join(name, "config.yaml")) and source_inside(Path(name)):
-        raise ConfigError(f"{name} is a folder, but not a run directory{source_inside(Path(name))}")
+    remedy = source_inside(Path(name)) if is_run and not os.path.exists(os.path.join(name, "config.yaml")) else ""
+    if remedy:
+        raise ConfigError(f"{name} is a folder, but not a run directory{remedy}")
     if is_run and (backbone is not None or weights_prefix is not None):
         raise ConfigError(f"{name} is a run directory, which states its network: remove backbone and weights_prefix")
     node = backbone_node(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
