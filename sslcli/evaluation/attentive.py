@@ -40,13 +40,12 @@ from sslcli.errors import ConfigError, class_name
 from sslcli.evaluation import layers
 from sslcli.evaluation.attentive_heads import AttentiveHeads, Probe, SweepAdamW
 from sslcli.evaluation.base import Outcome, Protocol, outcome_of, trained_and_measured
-from sslcli.evaluation.features import extract
 from sslcli.evaluation.finetune import reported_positions
 from sslcli.evaluation.random_crops import crop_features
 from sslcli.evaluation.result import accuracy, best, bootstrap_interval, top5
 from sslcli.evaluation.subsets import held_out
 from sslcli.evaluation.task import Start, Task
-from sslcli.evaluation.training import batches, views_of
+from sslcli.evaluation.training import batches, outputs, views_of
 from sslcli.evaluation.variants import suffix
 from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
@@ -328,15 +327,6 @@ class Attentive(Protocol):
         progress = Progress(task.screen, f"{self.title}, accuracy", total=len(positions))
         for some in torch.split(positions, PART):
             with evaluating(net):
-                yield extract(
-                    lambda images: layers.read(net, start.layer + layers.TOKENS, images),
-                    task.source,
-                    some,
-                    prepare=task.prepare,
-                    batch_size=task.batch_size,
-                    device=task.device,
-                    precision=task.precision,
-                    workers=task.workers,
-                )[0]
+                yield outputs(lambda images: layers.read(net, start.layer + layers.TOKENS, images), task, some)
             progress(len(some))
         task.screen.stop()

@@ -219,16 +219,21 @@ def predict(classifier: Classifier, task: Task, positions: Tensor) -> Tensor:
     The logits are computed in evaluation mode. The images are preprocessed by `Task.prepare`.
     """
     with evaluating(classifier):
-        return extract(
-            classifier,
-            task.source,
-            positions,
-            prepare=task.prepare,
-            batch_size=task.batch_size,
-            device=task.device,
-            precision=task.precision,
-            workers=task.workers,
-        )[0].float()
+        return outputs(classifier, task, positions).float()
+
+
+def outputs(encode: Callable[[Tensor], Tensor], task: Task, positions: Tensor) -> Tensor:
+    """Return the outputs (n, D) of `encode` for the images at `positions` (n,) of the source, see `extract`."""
+    return extract(
+        encode,
+        task.source,
+        positions,
+        prepare=task.prepare,
+        batch_size=task.batch_size,
+        device=task.device,
+        precision=task.precision,
+        workers=task.workers,
+    )[0]
 
 
 def warm(classifier: Classifier, features: Tensor, labels: Tensor, *, seed: int) -> dict[str, float]:
