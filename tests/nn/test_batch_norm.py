@@ -75,6 +75,26 @@ def test_compiled_code_normalizes_all_groups_at_once(affine: bool, layout: torch
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("num_images", [11, 12])
+def test_without_gradients_the_bits_are_the_same(
+    num_images: int, affine: bool, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    norm = trained_norm(32) if affine else nn.BatchNorm2d(32, affine=False)
+    images = (3 * torch.randn(num_images, 32, 3, 3) + 5).to(dtype, memory_format=layout)
+    results = []
+    for gradients in (False, True):
+        layer = split(norm, 4)
+        with torch.set_grad_enabled(gradients), mock.patch("torch.cat", wraps=torch.cat) as cat:
+            out = layer(images)
+        assert cat.called == gradients
+        assert out.stride() == images.stride()
+        results.append([out, *layer.buffers()])
+    assert [torch.equal(*pair) for pair in zip(*results, strict=True)] == [True] * 4
+
+
 def test_split_batchnorm_of_one_process_never_sees_its_batch_as_one_group() -> None:
     images = torch.randn(8, 5, 3, 3)
     assert split(trained_norm(), 64).num_groups(8) == 2
