@@ -44,9 +44,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read only once, before the first matrix product
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    """Use one thread: tensors of tests are small, and idle threads slow a busy machine down."""
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Use one thread in each test: tensors of tests are small, and idle threads slow a busy machine down.
+
+    A command that a test calls in this process sets the number of threads. If a later test forks, OpenMP waits forever
+    in the forked process for threads that only this process has.
+    """
+    torch.set_num_threads(1)
+    yield
     torch.set_num_threads(1)
 
 
