@@ -26,6 +26,10 @@ CORES = 2
 PROTOCOLS = ("knn", "linear", "semi")
 PILOT_STEPS = (20, 80)  # steps of the two runs whose difference gives the CPU time of a step
 
+# A vision transformer that is about as fast as the backbone `small`.
+VIT = ["backbone=vit_tiny", "backbone.width=128", "backbone.depth=4", "backbone.num_heads=4", "optimizer.lr=1.0e-3"]
+ADAMW = ["optimizer=adamw", "optimizer.lr=1.0e-3", "optimizer.weight_decay=1.0e-4"]
+
 # Overrides of the recipes, which are for hundreds of epochs: smaller heads, and learning rates for short runs.
 OVERRIDES: dict[str, list[str]] = {
     "simclr": ["experiment=cifar10_simclr"],
@@ -44,6 +48,39 @@ OVERRIDES: dict[str, list[str]] = {
         "method.hidden=1024",
         "train.warmup_epochs=0",
     ],
+    "vicreg": ["method=vicreg", "views=vicreg_cifar"],
+    "barlow_twins": ["method=barlow_twins", "views=cifar_asymmetric"],
+    "simsiam": [
+        "method=simsiam",
+        "views=simclr_cifar",
+        "method.dim=512",
+        "method.predictor_hidden=128",
+        "optimizer.lr=0.06",
+        "optimizer.weight_decay=5.0e-4",
+    ],
+    "nnclr": ["method=nnclr", "views=cifar_asymmetric", "method.queue_size=4096", *ADAMW],
+    "ressl": ["method=ressl", "optimizer.lr=0.05"],
+    "densecl": [
+        "method=densecl",
+        "views=simclr_cifar",
+        "views.normalize=true",
+        "method.momentum=0.99",
+        "optimizer.lr=0.03",
+    ],
+    "lejepa": ["method=lejepa"],
+    "swav": ["method=swav", "method.hidden=512", "method.num_prototypes=300", *ADAMW],
+    "deepcluster_v2": [
+        "method=deepcluster_v2",
+        "method.hidden=512",
+        "method.num_prototypes=[300,300,300]",
+        *ADAMW,
+    ],
+    "dino": ["method=dino", "method.num_prototypes=1024", "method.momentum=0.99", "optimizer.lr=1.0e-3"],
+    "mae": ["method=mae", *VIT, "method.decoder_dim=128", "method.decoder_depth=2", "method.decoder_heads=4"],
+    "simmim": ["method=simmim", *VIT],
+    "ijepa": ["method=ijepa", *VIT, "method.predictor_dim=64", "method.predictor_heads=4", "method.momentum=0.99"],
+    "ibot": ["method=ibot", *VIT, "method.momentum=0.99"],
+    "dinov2": ["method=dinov2", *VIT, "method.momentum=0.99", "method.warmup_teacher_temperature_epochs=0"],
     "cpc": [
         "method=cpc",
         "backbone=small_layernorm",
@@ -120,7 +157,11 @@ def short_run(method: str, images: Path, out: Path, *, seconds: float, threads: 
         subprocess.run([*line, f"train.max_steps={num_steps.read_text()}", f"run_dir={run_dir}"], check=True)
     for protocol in PROTOCOLS:
         if not result_of(run_dir, protocol):
-            subprocess.run([command("ssl-eval"), f"run={run_dir}", f"protocol={protocol}"], check=True)
+            baselines = not baselines_of(run_dir, protocol)
+            subprocess.run(
+                [command("ssl-eval"), f"run={run_dir}", f"protocol={protocol}", f"baselines={str(baselines).lower()}"],
+                check=True,
+            )
 
 
 def command(name: str) -> str:
@@ -173,7 +214,7 @@ def row(run: Path) -> str:
     cells = [f"`{run.name}`", f"{last['step'] * batch:,}"]
     for protocol in PROTOCOLS:
         result = result_of(run, protocol)
-        cells += [cell(result), cell(result.get("baselines", {}).get("random", {}))]
+        cells += [cell(result), cell(baselines_of(run, protocol).get("random", {}))]
     return "| " + " | ".join(cells) + " |"
 
 
@@ -187,6 +228,28 @@ def result_of(run: Path, protocol: str) -> dict[str, Any]:
         if result.get("protocol") == protocol:
             return result
     return {}
+
+
+def baselines_of(run: Path, protocol: str) -> dict[str, Any]:
+    """Return the baselines of a protocol, from `run` or from a run beside it whose untrained network is the same."""
+    network = untrained_network(run)
+    for path in (run, *sorted(run.parent.iterdir())):
+        baselines: dict[str, Any] = result_of(path, protocol).get("baselines", {})
+        if baselines and untrained_network(path) == network:
+            return baselines
+    return {}
+
+
+def untrained_network(run: Path) -> list[Any]:
+    """Return the settings that determine the features of the network before training."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    return [
+        config["backbone"],
+        config["dataset"],
+        config["seed"],
+        config["views"]["normalize"],
+        config["views"]["color_space"],
+    ]
 
 
 def cell(result: dict[str, Any]) -> str:
