@@ -106,12 +106,12 @@ def load_strictly(
     differences and ends with `remedy`.
     """
     own = net.state_dict()
-    state = with_noise_states(with_current_names(state, own), own)
+    state = with_noise_states(with_current_names({str(key): value for key, value in state.items()}, own), own)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
-        f"{key} is {tuple(state[key].shape)} and should be {tuple(own[key].shape)}"
+        f"{key} is {wrong} and should be {tuple(own[key].shape)}"
         for key in own.keys() & state.keys()
-        if isinstance(own[key], Tensor) and own[key].shape != state[key].shape
+        if isinstance(own[key], Tensor) and (wrong := _wrong_value(state[key], own[key]))
     ]
     if missing or unknown or shapes:
         raise ConfigError(
@@ -121,3 +121,12 @@ def load_strictly(
             f"{len(shapes)} differ in shape ({'; '.join(sorted(shapes)[:3]) or '-'}). {remedy}"
         )
     net.load_state_dict(state)
+
+
+def _wrong_value(value: Any, own: Tensor) -> str:
+    """Return a description of a stored value that cannot replace the tensor `own` of a network, or "" if it can."""
+    if not isinstance(value, Tensor):
+        return f"a value of the type {type(value).__name__}"
+    if value.is_meta or value.layout != own.layout:
+        return "a tensor without values" if value.is_meta else f"a tensor of the layout {value.layout}"
+    return "" if value.shape == own.shape else str(tuple(value.shape))

@@ -51,18 +51,22 @@ HF_RESNET = (
 def flattened(content: Mapping[Any, Any]) -> Flat:
     """Return all tensors of nested dictionaries by their dotted keys, such as `state_dict.module.conv1.weight`.
 
-    Values that are neither tensors nor dictionaries are omitted, and so are states of random number generators and
-    sparse or quantized tensors.
+    Values that are neither tensors nor dictionaries are omitted, and so are states of random number generators, sparse
+    and quantized tensors, and tensors without values (on the device `meta`).
     """
     return {key: value for key, value in _tensors(content, "", MAX_DEPTH) if not is_noise_state(key)}
 
 
 def _tensors(content: Mapping[Any, Any], start: str, depth: int) -> Iterator[tuple[str, Tensor]]:
     for key, value in content.items():
-        if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
+        if isinstance(value, Tensor) and _is_dense(value):
             yield f"{start}{key}", value
         elif isinstance(value, Mapping) and depth:
             yield from _tensors(value, f"{start}{key}.", depth - 1)
+
+
+def _is_dense(value: Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_quantized and not value.is_meta
 
 
 def as_stored(flat: Flat) -> Flat:

@@ -67,7 +67,10 @@ def _tensor(name: str, entry: dict[str, Any], values: bytearray) -> Tensor:
     start, size = _extent(name, entry, len(values))
     dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
     if not size:
-        return torch.empty(shape, dtype=dtype)
+        try:
+            return torch.empty(shape, dtype=dtype)
+        except RuntimeError as error:  # the product of the other sizes overflows
+            raise ValueError(f"the header has an invalid shape or position of {name}") from error
     # A copy, because a tensor whose first byte is not aligned to its dtype is slow or invalid.
     return torch.frombuffer(values, dtype=torch.uint8, count=size, offset=start).clone().view(dtype).reshape(shape)
 

@@ -85,6 +85,24 @@ def test_a_tensor_of_another_shape_alone_is_refused() -> None:
         load_strictly(nn.Linear(3, 2), nn.Linear(5, 2).state_dict(), "the file")
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (3, r"bias is a value of the type int and should be \(2,\)"),
+        (torch.zeros(2, device="meta"), r"bias is a tensor without values and should be \(2,\)"),
+        (torch.zeros(2).to_sparse(), r"bias is a tensor of the layout torch.sparse_coo and should be \(2,\)"),
+    ],
+)
+def test_values_that_are_not_tensors_of_the_network_are_refused(value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_strictly(nn.Linear(3, 2), {"weight": torch.zeros(2, 3), "bias": value}, "the file")
+
+
+def test_keys_that_are_not_texts_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"2 are unknown \(1, None\)"):
+        load_strictly(nn.Linear(3, 2), nn.Linear(3, 2).state_dict() | {1: torch.zeros(1), None: 2}, "the file")
+
+
 def test_names_of_older_versions_are_loaded() -> None:
     net = nn.ModuleDict({"momentum_head": nn.Linear(2, 2)})
     state = {f"key_head.{name}": value + 1 for name, value in net["momentum_head"].state_dict().items()}

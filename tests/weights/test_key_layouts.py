@@ -22,6 +22,7 @@ def test_nested_dictionaries_are_joined_and_other_values_omitted() -> None:
         "opt": {"state": {0: {"m": ONE}}},
     }
     content["sparse"] = torch.eye(2).to_sparse()
+    content["meta"] = torch.empty(2, device="meta")  # without values
     assert flattened(content).keys() == {"state_dict.a.weight", "opt.state.0.m"}
     cyclic: dict[str, object] = {"a": ONE}
     cyclic["self"] = cyclic

@@ -60,6 +60,7 @@ FOUR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         ({"a": FOUR | {"dtype": "F4"}}, b"1234", "'F4', but these are read"),
         ({"a": FOUR | {"dtype": ["F32"]}}, b"1234", "but these are read"),
         ({"a": {"dtype": "F32", "shape": [1 << 70, 0], "data_offsets": [0, 0]}}, b"", "invalid shape"),
+        ({"a": {"dtype": "F32", "shape": [1 << 62, 1 << 62, 0], "data_offsets": [0, 0]}}, b"", "invalid shape"),
         ({"a": {"dtype": "F32"}}, b"1234", "no dtype, shape and data_offsets of a"),
         ({"a": 3}, b"1234", "no dtype, shape and data_offsets of a"),
         ({"a": FOUR, "b": FOUR}, b"1234", "do not fill"),
