@@ -75,11 +75,12 @@ def find_weights(
         where: name of the source, for messages.
         key: name of the user's setting for `prefix`, for messages.
 
-    Raises ConfigError if no weights or several equally good ones fit all of the backbone.
+    Raises ConfigError if no weights or several equally good ones fit all of the backbone, or if weights are integers, as
+    in a quantized file.
     """
     flat = flattened(content)
     if not flat:
-        raise ConfigError(f"{where} contains no tensors")
+        raise ConfigError(f"{where} contains no tensors: give a file with the weights of a network")
     own = names_of(net)
     best: tuple[Place, Flat] | None = None
     for layout in LAYOUTS:
@@ -89,7 +90,9 @@ def find_weights(
         every = [place for place in places(renamed, own) if _is_meant(place.prefix, prefix, net)]
         fitting = [place for place in every if place.fits]
         if fitting:
-            return _found(_chosen(fitting, where, key), fitting, renamed, len(flat), net)
+            chosen = _chosen(fitting, where, key)
+            _check_dtypes(chosen, own, where)
+            return _found(chosen, fitting, renamed, len(flat), net)
         partial = max(every, key=lambda place: (len(place.state), -rank(place.prefix)), default=None)
         if partial is not None and (best is None or len(partial.state) > len(best[0].state)):
             best = partial, renamed
@@ -128,6 +131,22 @@ def _chosen(fitting: list[Place], where: str, key: str) -> Place:
             f"of {', '.join(names)}"
         )
     return first
+
+
+def _check_dtypes(place: Place, own: dict[str, Tensor], where: str) -> None:
+    """Raise ConfigError if weights are integers, boolean or complex: their values are no weights of the network."""
+    wrong = {
+        name: value.dtype
+        for name, value in place.state.items()
+        if own[name].is_floating_point() and not value.is_floating_point()
+    }
+    if wrong:
+        name, dtype = next(iter(wrong.items()))
+        raise ConfigError(
+            f"{where} contains {len(wrong)} tensors that are no floating-point numbers, such as {place.prefix}{name} "
+            f"with the dtype {str(dtype).removeprefix('torch.')}: give the file from before its weights were quantized "
+            "or converted"
+        )
 
 
 def _found(place: Place, fitting: list[Place], flat: Flat, number: int, net: nn.Module) -> Found:

@@ -102,7 +102,7 @@ def read_published(path: Path) -> dict[str, Any]:
             raise
         raise ConfigError(f"{path} is a damaged safetensors file: {error}") from error
     if not any(isinstance(value, (Tensor, Mapping)) for value in content.values()):
-        raise ConfigError(f"{path} contains no tensors, but a dictionary of tensors is needed")
+        raise ConfigError(f"{path} contains no tensors: give a file with the weights of a network")
     return content
 
 

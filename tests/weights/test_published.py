@@ -205,6 +205,16 @@ def test_half_precision_is_converted_and_numbers_that_are_not_finite_are_reporte
     assert found_in(half, own).notes[1] == "1 tensors are not finite, such as conv1.weight"
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.int64, torch.complex64])
+def test_weights_that_are_no_floating_point_numbers_are_refused(dtype: torch.dtype) -> None:
+    net = nn.BatchNorm2d(2)
+    state = {f"module.{name}": value.to(dtype) for name, value in net.state_dict().items()}
+    with pytest.raises(ConfigError, match=rf"4 tensors that are no .* module.weight .*dtype {str(dtype)[6:]}: give"):
+        found_in(state, net)
+    counter = {"num_batches_tracked": torch.tensor(2.0)}  # the counter alone may have another dtype
+    assert found_in(net.state_dict() | counter, net).state["num_batches_tracked"].dtype == torch.int64
+
+
 def test_another_resnet_is_refused_and_named(own: ResNet) -> None:
     with pytest.raises(ConfigError, match=r"96 are unknown .*The file holds a resnet34 .*backbone=resnet34 backbone"):
         found_in({"model": models.resnet34().state_dict()}, own)
