@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sslcli.backbones.resnet import ResNet
@@ -114,7 +113,7 @@ def architecture(net: nn.Module, *, channels: int) -> tuple[str, dict[str, Any]]
         "mlp_ratio": block.mlp.fc1.out_features / width,
         "global_pool": "token" if net.pool == "cls" else "avg",
         "fc_norm": False,  # otherwise timm normalizes after the mean over patches
-        **({"reg_tokens": net.num_prefix_tokens - 1} if net.num_prefix_tokens > 1 else {}),
+        **({"reg_tokens": net.num_prefix_tokens - 1, "no_embed_class": True} if net.num_prefix_tokens > 1 else {}),
         **({"init_values": 1e-5} if isinstance(block.ls1, LayerScale) else {}),
         **images,
     }
@@ -125,7 +124,8 @@ def timm_state(trained: Trained) -> dict[str, Tensor]:
     """Return the weights of the backbone with timm's names and shapes."""
     state, net = trained.state, trained.net
     if isinstance(net, VisionTransformer) and net.num_prefix_tokens > 1:
-        positions = state["pos_embed"]  # (1, 1 + P, D); in timm, registers have positions too, so they get zeros
-        registers = positions.new_zeros(1, net.num_prefix_tokens - 1, positions.shape[2])
-        state["pos_embed"] = torch.cat([positions[:, :1], registers, positions[:, 1:]], dim=1)
+        # As in the models of timm with registers, only patches have positions. That of the class token is added to it.
+        positions = state["pos_embed"]  # (1, 1 + P, D)
+        state["cls_token"] = state["cls_token"] + positions[:, :1]
+        state["pos_embed"] = positions[:, 1:].clone()
     return state

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from exported import round_trip, run_usage, trained
 from sslcli.backbones.resnet import ResNet
@@ -14,6 +15,7 @@ from sslcli.backbones.small import Small
 from sslcli.backbones.timm import Timm
 from sslcli.data.crops import center_crop, to_uint8
 from sslcli.weights.export.timm import TimmFolder
+from sslcli.weights.published import find_weights
 from tiny import vit
 
 timm = pytest.importorskip("timm")
@@ -27,6 +29,11 @@ TARGET = TimmFolder()
 def test_timm_computes_the_features_of_a_vit(options: dict[str, object], tmp_path: Path) -> None:
     net = vit(**options)
     assert round_trip(TARGET, trained(net, size=8, channels=net.patch_embed.proj.in_channels), tmp_path) < 1e-6
+    again, images = vit(**options), torch.rand(2, net.patch_embed.proj.in_channels, 8, 8)
+    again.load_state_dict(
+        find_weights(load_file(tmp_path / "model.safetensors"), again, prefix=None, where="model").state
+    )
+    torch.testing.assert_close(again.eval()(images), net.eval()(images), rtol=1e-5, atol=1e-6)
 
 
 def test_timm_computes_the_features_of_a_resnet_and_preprocesses_as_the_evaluation(tmp_path: Path) -> None:
