@@ -32,6 +32,7 @@ from sslcli.cli import hydra_errors
 from sslcli.cli.hydra_node import SECTIONS, check_hydra, resolved
 from sslcli.config import schema
 from sslcli.config.added import with_defaults
+from sslcli.config.backbone_choice import UNKNOWN_SIZE
 from sslcli.config.channels import with_channel_statistics
 from sslcli.config.folders import conf_folder
 from sslcli.config.moved import FOLDER, current_config, current_override, forced_override
@@ -254,15 +255,22 @@ def _composed(engine: Hydra, command: str, name: str, lines: list[str]) -> DictC
 def plain(config: DictConfig) -> dict[str, Any]:
     """Return a composed configuration as plain values with all interpolations resolved, without the `hydra` node.
 
+    If no dataset is chosen, a backbone is that of images with 224 pixels and 3 channels.
+
     Raises ConfigError if an interpolation cannot be resolved.
     """
     try:
         own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+        without_dataset = own.get("dataset") is None
+        if without_dataset:  # the backbone refers to keys of the dataset
+            OmegaConf.update(own, "dataset", {"image_size": UNKNOWN_SIZE, "channels": 3}, force_add=True)
         plain = OmegaConf.to_container(own, resolve=True, throw_on_missing=False)
     except OmegaConfBaseException as error:
         where = f"{error.full_key}: " if error.full_key else ""
         raise ConfigError(f"{where}cannot resolve the value: {str(error).splitlines()[0]}") from error
     assert isinstance(plain, dict)
+    if without_dataset:
+        del plain["dataset"]
     return {str(key): value for key, value in plain.items()}
 
 

@@ -13,6 +13,8 @@ from sslcli.config.folders import conf_folder
 from sslcli.config.plugins import plugin_folders
 from sslcli.errors import ConfigError, nearest
 
+UNKNOWN_SIZE = 224  # image size in pixels if neither a dataset nor the weight file states it
+
 
 def backbone_node(choice: str, *, image_size: int, channels: int = 3) -> dict[str, Any]:
     """Return the settings of a backbone, as `backbone=CHOICE` gives them on a command line.

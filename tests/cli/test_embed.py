@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from command_line import Cli
+from sslcli.backbones.resnet import ResNet
 
 
 @pytest.mark.parametrize(
@@ -45,3 +48,14 @@ def test_the_dataset_of_a_run_can_be_changed_or_replaced(run_dir: Path, tmp_path
     assert (len(own), len(changed)) == (100, 7)
     assert np.array_equal(own, same)
     assert (tmp_path / "own.npy.csv").read_text().splitlines()[1].endswith(",test")
+
+
+def test_the_backbone_of_a_weight_file_needs_no_dataset(tmp_path: Path, cli: Cli) -> None:
+    net = ResNet("resnet18", image_size=224, stem="imagenet")
+    torch.save(net.state_dict(), "published.pth")
+    Image.new("RGB", (48, 40), (9, 99, 30)).save("a.jpg")
+    ended = cli("ssl-embed", "weights=published.pth", "backbone=resnet18", "images=a.jpg", "out=x.npy")
+    assert ended.code == 0, ended.err
+    assert np.load("x.npy").shape == (1, 512)
+    ended = cli("ssl-eval", "weights=published.pth", "backbone=resnet18")
+    assert (ended.code, "weights=FILE requires dataset=..." in ended.err) == (2, True)
