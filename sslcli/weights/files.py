@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import ZipFile
@@ -11,9 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from sslcli.backbones.base import Backbone
-from sslcli.errors import ConfigError
+from sslcli.errors import ConfigError, printable
 from sslcli.system.regular_files import open_regular
 from sslcli.weights.renamed import with_current_names
+
+MAX_KEY = 200  # characters of a key in a message
 
 
 def load_weights(path: Path, *, device: torch.device) -> dict[str, Any]:
@@ -97,6 +100,17 @@ def is_noise_state(name: str) -> bool:
     return name.endswith("noise._extra_state")
 
 
+def short(key: str) -> str:
+    """Return a key of a file for a message of one line. The middle of a very long key is omitted."""
+    text, half = printable(key), MAX_KEY // 2
+    return text if len(text) <= MAX_KEY else f"{text[:half]}...{text[-half:]}"
+
+
+def first_keys(keys: Sequence[str]) -> str:
+    """Return the first three of several keys for a message, or "-" if there are none."""
+    return ", ".join(map(short, keys[:3])) or "-"
+
+
 def load_strictly(
     net: nn.Module, state: dict[str, Any], where: str, *, remedy: str = "Give the backbone it belongs to"
 ) -> None:
@@ -109,15 +123,15 @@ def load_strictly(
     state = with_noise_states(with_current_names({str(key): value for key, value in state.items()}, own), own)
     missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     shapes = [
-        f"{key} is {wrong} and should be {tuple(own[key].shape)}"
+        f"{short(key)} is {wrong} and should be {tuple(own[key].shape)}"
         for key in own.keys() & state.keys()
         if isinstance(own[key], Tensor) and (wrong := _wrong_value(state[key], own[key]))
     ]
     if missing or unknown or shapes:
         raise ConfigError(
             f"{where} does not fit this net, and a net with other weights would be measured in its place: "
-            f"{len(missing)} keys are missing ({', '.join(missing[:3]) or '-'}), "
-            f"{len(unknown)} are unknown ({', '.join(unknown[:3]) or '-'}), "
+            f"{len(missing)} keys are missing ({first_keys(missing)}), "
+            f"{len(unknown)} are unknown ({first_keys(unknown)}), "
             f"{len(shapes)} differ in shape ({'; '.join(sorted(shapes)[:3]) or '-'}). {remedy}"
         )
     net.load_state_dict(state)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sslcli.weights.files import is_noise_state, unwrapped
+from sslcli.weights.files import is_noise_state, short, unwrapped
 from sslcli.weights.key_layouts import Flat
 from sslcli.weights.positions import resized_positions
 from sslcli.weights.prefixes import PARTS_OF_BACKBONES, counts_of_prefixes
@@ -76,7 +76,7 @@ def place(flat: Flat, prefix: str, own: dict[str, Tensor]) -> Place:
                 value, note = resized
                 notes.append(note)
         if value.shape != tensor.shape:
-            shapes.append(f"{name} is {tuple(value.shape)} and should be {tuple(tensor.shape)}")
+            shapes.append(f"{short(name)} is {tuple(value.shape)} and should be {tuple(tensor.shape)}")
             continue
         state[name] = value
     parts = PARTS_OF_BACKBONES | {name.partition(".")[0] for name in own}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sslcli.backbones.base import Backbone
 from sslcli.errors import ConfigError
 from sslcli.nn.transformer import Attention
-from sslcli.weights.files import is_noise_state, wrapped
+from sslcli.weights.files import first_keys, is_noise_state, short, wrapped
 from sslcli.weights.fitting import Place, names_of, places
 from sslcli.weights.key_layouts import LAYOUTS, Flat, flattened
 from sslcli.weights.nearest import nearest_backbone
@@ -44,9 +44,9 @@ class Found:
 
     def summary(self, where: str) -> str:
         """Return one line that states what was taken from `where` and what was dropped."""
-        prefix = f" with the prefix {self.prefix}" if self.prefix else ""
-        dropped = ", ".join(f"{group} ({number})" for group, number in self.dropped.items())
-        others = f"; would fit too: {', '.join(self.others)}" if self.others else ""
+        prefix = f" with the prefix {short(self.prefix)}" if self.prefix else ""
+        dropped = ", ".join(f"{short(group)} ({number})" for group, number in self.dropped.items())
+        others = f"; would fit too: {', '.join(map(short, self.others))}" if self.others else ""
         notes = "".join(f"; {note}" for note in self.notes)
         return f"{where}: {self.taken} tensors taken{prefix}; dropped: {dropped or 'none'}{others}{notes}"
 
@@ -75,8 +75,8 @@ def find_weights(
         where: name of the source, for messages.
         key: name of the user's setting for `prefix`, for messages.
 
-    Raises ConfigError if no weights or several equally good ones fit all of the backbone, or if weights are integers, as
-    in a quantized file.
+    Raises ConfigError if no weights or several equally good ones fit all of the backbone, or if the weights are no
+    floating-point numbers, as in a quantized file.
     """
     flat = flattened(content)
     if not flat:
@@ -125,7 +125,7 @@ def _chosen(fitting: list[Place], where: str, key: str) -> Place:
         if any(not torch.equal(first.state[name], place.state[name]) for name in first.state)
     ]
     if different:
-        names = [repr(place.prefix) for place in (first, *different)]
+        names = [repr(short(place.prefix)) for place in (first, *different)]
         raise ConfigError(
             f"{where} contains several networks that fit the backbone, and none of them is preferred: set {key} to one "
             f"of {', '.join(names)}"
@@ -143,9 +143,9 @@ def _check_dtypes(place: Place, own: dict[str, Tensor], where: str) -> None:
     if wrong:
         name, dtype = next(iter(wrong.items()))
         raise ConfigError(
-            f"{where} contains {len(wrong)} tensors that are no floating-point numbers, such as {place.prefix}{name} "
-            f"with the dtype {str(dtype).removeprefix('torch.')}: give the file from before its weights were quantized "
-            "or converted"
+            f"{where} contains {len(wrong)} tensors that are no floating-point numbers, such as "
+            f"{short(place.prefix + name)} with the dtype {str(dtype).removeprefix('torch.')}: give the file from "
+            "before its weights were quantized or converted"
         )
 
 
@@ -156,7 +156,7 @@ def _found(place: Place, fitting: list[Place], flat: Flat, number: int, net: nn.
     changed = {value.dtype for name, value in place.state.items() if value.dtype != state[name].dtype}
     notes += [f"converted from {dtype}" for dtype in sorted(str(dtype).removeprefix("torch.") for dtype in changed)]
     broken = [name for name, value in state.items() if not value.isfinite().all()]
-    notes += [f"{len(broken)} tensors are not finite, such as {broken[0]}"] if broken else []
+    notes += [f"{len(broken)} tensors are not finite, such as {short(broken[0])}"] if broken else []
     notes += _doubts(place, net)
     dropped = groups(
         (key for key in flat if not key.startswith(place.prefix) or key[len(place.prefix) :] not in place.state),
@@ -188,19 +188,19 @@ def _refusal(
     if best is None:
         if prefix is not None and not (prefix == "" and hint):  # sources of a single network state the prefix ""
             known = {place.prefix for layout in LAYOUTS for place in places(layout(flat) or {}, own) if place.fits}
-            names = ", ".join(map(repr, sorted(known, key=lambda found: (rank(found), found))))
+            names = ", ".join(repr(short(each)) for each in sorted(known, key=lambda found: (rank(found), found)))
             offer = f"these fit: {names}" if known else "no other prefix fits either"
-            return ConfigError(f"{key} is {prefix!r}, but {where} has no weights of the backbone there; {offer}")
-        starts = ", ".join(list(flat)[:3])
+            return ConfigError(f"{key} is {short(prefix)!r}, but {where} has no weights of the backbone there; {offer}")
+        starts = first_keys(list(flat))
         return ConfigError(
             f"{where} does not fit this net: it has no key of the backbone, and its keys are {starts}, ... "
             f"{f'Perhaps {hint}' if hint else 'docs/weights.md lists the layouts of keys that are read'}"
         )
-    here = f"with the prefix {best.prefix!r}, " if best.prefix else ""
+    here = f"with the prefix {short(best.prefix)!r}, " if best.prefix else ""
     return ConfigError(
         f"{where} does not fit this net, and a net with other weights would be measured in its place: {here}"
-        f"{len(best.missing)} keys are missing ({', '.join(best.missing[:3]) or '-'}), "
-        f"{len(best.unknown)} are unknown ({', '.join(best.unknown[:3]) or '-'}), "
+        f"{len(best.missing)} keys are missing ({first_keys(best.missing)}), "
+        f"{len(best.unknown)} are unknown ({first_keys(best.unknown)}), "
         f"{len(best.shapes)} differ in shape ({'; '.join(best.shapes[:3]) or '-'}). "
         f"{hint[0].upper() + hint[1:] if hint else 'Give the backbone it belongs to'}"
     )

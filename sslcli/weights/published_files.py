@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sslcli.errors import ConfigError
 from sslcli.system.regular_files import open_regular
-from sslcli.weights.files import read_weights
+from sslcli.weights.files import read_weights, short
+from sslcli.weights.key_layouts import flattened
 from sslcli.weights.safetensors import is_safetensors, read_safetensors
 
+LONGEST_KEY = 1000  # characters; the search for prefixes of keys takes quadratic time
 # Classes of settings and counters in published checkpoints, such as those of `args` in the files of MAE and DINO
 SETTINGS_CLASSES = (
     "argparse.Namespace",
@@ -84,14 +85,15 @@ def read_published(path: Path) -> dict[str, Any]:
 
     The file may have been written by torch.save or safetensors. Objects that only describe the training, such as an
     argparse.Namespace, are replaced by empty placeholders; no class of the file is imported. Raises ConfigError if the
-    file cannot be read, contains other objects, or contains no tensors.
+    file cannot be read, contains other objects, contains no tensors, or has very long keys.
     """
     try:
         with open_regular(path) as file:
             if is_safetensors(file):
-                return dict(read_safetensors(file))
-            with torch.serialization.safe_globals(placeholders()):
-                content = read_weights(file, path, device=torch.device("cpu"))
+                content: dict[str, Any] = dict(read_safetensors(file))
+            else:
+                with torch.serialization.safe_globals(placeholders()):
+                    content = read_weights(file, path, device=torch.device("cpu"))
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({error.strerror or error})") from error
     except ValueError as error:
@@ -101,9 +103,20 @@ def read_published(path: Path) -> dict[str, Any]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} is a damaged safetensors file: {error}") from error
-    if not any(isinstance(value, (Tensor, Mapping)) for value in content.values()):
-        raise ConfigError(f"{path} contains no tensors: give a file with the weights of a network")
+    check_keys(path, flattened(content))
     return content
+
+
+def check_keys(path: Path, keys: Collection[str]) -> None:
+    """Raise ConfigError if the file `path` has no keys of tensors, or a key that is longer than `LONGEST_KEY`."""
+    if not keys:
+        raise ConfigError(f"{path} contains no tensors: give a file with the weights of a network")
+    longest = max(keys, key=len)
+    if len(longest) > LONGEST_KEY:
+        raise ConfigError(
+            f"{path} has a key of {len(longest):,} characters ({short(longest)}), but at most {LONGEST_KEY:,} are "
+            "read: give the weights shorter names"
+        )
 
 
 def _remedy(path: Path, reason: str) -> str:

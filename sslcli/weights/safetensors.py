@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from sslcli.weights.files import short
+
 LARGEST_HEADER = 100_000_000  # bytes, the limit of the format
 DTYPES = {
     "F64": torch.float64,
@@ -70,7 +72,7 @@ def _tensor(name: str, entry: dict[str, Any], values: bytearray) -> Tensor:
         try:
             return torch.empty(shape, dtype=dtype)
         except RuntimeError as error:  # the product of the other sizes overflows
-            raise ValueError(f"the header has an invalid shape or position of {name}") from error
+            raise ValueError(f"the header has an invalid shape or position of {short(name)}") from error
     # A copy, because a tensor whose first byte is not aligned to its dtype is slow or invalid.
     return torch.frombuffer(values, dtype=torch.uint8, count=size, offset=start).clone().view(dtype).reshape(shape)
 
@@ -81,11 +83,13 @@ def _extent(name: str, entry: Any, available: int) -> tuple[int, int]:
         dtype, shape, (start, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, start, end]
     except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the header has no dtype, shape and data_offsets of {name}") from error
+        raise ValueError(f"the header has no dtype, shape and data_offsets of {short(name)}") from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{name} has the dtype {dtype!r}, but these are read: {', '.join(DTYPES)}")
+        raise ValueError(f"{short(name)} has the dtype {short(repr(dtype))}, but these are read: {', '.join(DTYPES)}")
     if any(type(number) is not int or not 0 <= number < 1 << 63 for number in numbers) or end > available:
-        raise ValueError(f"the header has an invalid shape or position of {name}")
+        raise ValueError(f"the header has an invalid shape or position of {short(name)}")
     if end - start != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise ValueError(f"{name} has {end - start} bytes, but its shape {tuple(shape)} needs another number")
+        raise ValueError(
+            f"{short(name)} has {end - start} bytes, but its shape {short(str(tuple(shape)))} needs another number"
+        )
     return start, end - start

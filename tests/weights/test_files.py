@@ -11,7 +11,7 @@ from torch import nn
 
 from sslcli.backbones.wrap import Wrapped
 from sslcli.errors import ConfigError
-from sslcli.weights.files import load_strictly, load_weights, unwrapped, wrapped
+from sslcli.weights.files import MAX_KEY, load_strictly, load_weights, short, unwrapped, wrapped
 from tiny import vit
 
 CPU = torch.device("cpu")
@@ -101,6 +101,16 @@ def test_values_that_are_not_tensors_of_the_network_are_refused(value: object, m
 def test_keys_that_are_not_texts_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"2 are unknown \(1, None\)"):
         load_strictly(nn.Linear(3, 2), nn.Linear(3, 2).state_dict() | {1: torch.zeros(1), None: 2}, "the file")
+
+
+def test_keys_are_shortened_and_escaped_in_messages() -> None:
+    key = "a." * MAX_KEY + "\x1b[31m\nend"
+    assert short("layer1.0.conv1.weight") == "layer1.0.conv1.weight"
+    assert len(short(key)) == MAX_KEY + 3
+    assert short(key).endswith("\\x1b[31m\\nend")
+    with pytest.raises(ConfigError) as error:
+        load_strictly(nn.Linear(3, 2), {key: torch.zeros(1)}, "the file")
+    assert len(str(error.value)) < 3 * MAX_KEY
 
 
 def test_names_of_older_versions_are_loaded() -> None:

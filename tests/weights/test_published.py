@@ -215,6 +215,16 @@ def test_weights_that_are_no_floating_point_numbers_are_refused(dtype: torch.dty
     assert found_in(net.state_dict() | counter, net).state["num_batches_tracked"].dtype == torch.int64
 
 
+def test_very_long_and_unprintable_keys_give_messages_of_one_short_line(own: ResNet) -> None:
+    start = "x." * 400 + "\n."
+    assert len(found_in(under(start, own.state_dict()), own).summary("a.pt")) < 500
+    for content in (under(start, {"a": HEAD}), own.state_dict() | {f"layer1.{start}": HEAD}):
+        with pytest.raises(ConfigError) as error:
+            found_in(content, own)
+        assert len(str(error.value)) < 1000
+        assert "\n" not in str(error.value)
+
+
 def test_another_resnet_is_refused_and_named(own: ResNet) -> None:
     with pytest.raises(ConfigError, match=r"96 are unknown .*The file holds a resnet34 .*backbone=resnet34 backbone"):
         found_in({"model": models.resnet34().state_dict()}, own)

@@ -62,6 +62,7 @@ FOUR = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
         ({"a": {"dtype": "F32", "shape": [1 << 70, 0], "data_offsets": [0, 0]}}, b"", "invalid shape"),
         ({"a": {"dtype": "F32", "shape": [1 << 62, 1 << 62, 0], "data_offsets": [0, 0]}}, b"", "invalid shape"),
         ({"a": {"dtype": "F32"}}, b"1234", "no dtype, shape and data_offsets of a"),
+        ({"a" * 10_000: FOUR | {"dtype": "F4"}}, b"1234", r"^a{100}\.\.\.a{100} has the dtype 'F4'"),
         ({"a": 3}, b"1234", "no dtype, shape and data_offsets of a"),
         ({"a": FOUR, "b": FOUR}, b"1234", "do not fill"),
     ],
