@@ -190,6 +190,9 @@ def embed(
     workers: int | None = None,
     backbone: str | Mapping[str, Any] | None = None,
     weights_prefix: str | None = None,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     trust: Sequence[str] = (),
 ) -> Embeddings:
     """Return the features of image files, with the same bits as ssl-embed and ssl-eval.
@@ -199,7 +202,7 @@ def embed(
     Args:
         run: a run directory, a weight file or timm:NAME, see `load`.
         images: an image file, a folder, or a list of files and folders.
-        checkpoint, device, backbone, weights_prefix, trust: see `load`.
+        checkpoint, device, backbone, weights_prefix, image_size, mean, std, trust: see `load`.
         precision: fp32, bf16 or fp16; "auto" = the precision of the training run.
         feature_layer: backbone, projection, head1 ..., or a stage such as layer3.
         batch_size: images per forward pass.
@@ -214,6 +217,9 @@ def embed(
         precision=precision,
         backbone=backbone,
         weights_prefix=weights_prefix,
+        image_size=image_size,
+        mean=mean,
+        std=std,
         trust=trust,
         feature_layer=feature_layer,
         batch_size=batch_size,

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from yaml import YAMLError
 
+from sslcli.config.annotations import fits, words
+from sslcli.config.backbone_choice import UNKNOWN_SIZE as UNKNOWN_SIZE
 from sslcli.config.backbone_choice import backbone_node
 from sslcli.config.channels import DEFAULTS
 from sslcli.config.paths import SOURCES_OF_WEIGHTS
 from sslcli.config.run_config import NetworkConfig
+from sslcli.config.settings import check_range
 from sslcli.data.crops import center_crop, to_uint8
 from sslcli.data.decode import open_file
 from sslcli.data.pixel_format import PixelFormat, pixel_format
@@ -32,10 +37,9 @@ from sslcli.runs.subject import (
     subject_of_file,
     subject_of_run,
 )
-from sslcli.runs.weights_source import source_inside
+from sslcli.runs.weights_source import numbers, run_or_weights, stated_images, wrong_statistics
 
-RUN, TIMM = SOURCES_OF_WEIGHTS
-UNKNOWN_SIZE = 224  # image size in pixels if a weight file does not contain it
+_, TIMM = SOURCES_OF_WEIGHTS
 Images = Image.Image | str | os.PathLike[str]
 
 
@@ -99,7 +103,15 @@ class Encoder(nn.Module):
         self.eval()
         with torch.no_grad():
             blank = torch.zeros(1, self.channels, image_size, image_size, device=next(self.parameters()).device)
-            self.num_features = self(blank).shape[1]
+            try:
+                self.num_features = self(blank).shape[1]
+            except (RuntimeError, ValueError, AssertionError) as error:
+                if is_out_of_memory(error):
+                    raise
+                raise ConfigError(
+                    f"the network does not accept images of {self.channels} channels and {image_size} x {image_size} "
+                    f"pixels ({first_line(error)}): set image_size, and mean and std with a value for each channel"
+                ) from error
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the features (N, num_features) float32 of images (N, C, H, W), float in [0, 1].
@@ -160,6 +172,8 @@ def load(
     backbone: str | Mapping[str, Any] | None = None,
     weights_prefix: str | None = None,
     image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     trust: Sequence[str] = (),
 ) -> Encoder:
     """Load a trained network in evaluation mode, see `Encoder`.
@@ -173,7 +187,10 @@ def load(
         backbone: backbone of a weight file that does not contain its settings: the name of a choice, with changes as in
             "resnet50 stem=imagenet", or a mapping with `_target_`, the name of a class, and its arguments.
         weights_prefix: start of the keys to use, for a weight file with several networks; None = search.
-        image_size: image size of `transform` in pixels; None = that of pre-training, or 224 if it is unknown.
+        image_size: image size of `transform` in pixels; None = that of pre-training, or 224 if it is unknown. A weight
+            file states it in a preprocessing file beside it, see `stated_images`.
+        mean, std: normalization of the images per channel, for a file that does not state it; None = that of the
+            preprocessing file or of ImageNet. A run and a file of `ssl-export format=torch` state their own.
         trust: packages whose classes may be used, in addition to sslcli.
 
     For published weights, a line is printed that states which tensors were taken. Raises ConfigError if the files are
@@ -186,16 +203,32 @@ def load(
         precision=precision,
         backbone=backbone,
         weights_prefix=weights_prefix,
-        image_size=image_size or UNKNOWN_SIZE,
+        image_size=image_size,
+        mean=mean,
+        std=std,
         trust=trust,
     )
     chosen = devices.pick_device(config.device)
     with devices.unchanged_random_state(chosen):
-        subject = subject_of(config, chosen, image_size=image_size or UNKNOWN_SIZE)
+        subject = subject_of(config, chosen)
         with Screen() as screen:
             for message in subject.messages:
                 screen.say(message)
-        return Encoder(subject, image_size=image_size or subject.image_size or UNKNOWN_SIZE)
+        return Encoder(subject, image_size=subject.image_size or UNKNOWN_SIZE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FunctionConfig(NetworkConfig):
+    """Configuration of `load` and `embed`: with what the caller states about the images. None = what the source states.
+
+    Attributes:
+        image_size: side of the images in pixels.
+        mean, std: normalization of the images of a weight file, per channel.
+    """
+
+    image_size: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
 
 
 def network_config(
@@ -206,55 +239,101 @@ def network_config(
     precision: str = "auto",
     backbone: str | Mapping[str, Any] | None = None,
     weights_prefix: str | None = None,
-    image_size: int = UNKNOWN_SIZE,
+    image_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     trust: Sequence[str] = (),
     feature_layer: str = layers.BACKBONE,
     batch_size: int = BATCH,
     workers: int | None = None,
-) -> NetworkConfig:
+) -> FunctionConfig:
     """Return the configuration for the run directory or the weights `path`, see `load` and `embed`.
 
-    Raises ConfigError if the path does not exist or a value is out of range.
+    Raises ConfigError if the path does not exist, or if a value is out of range or has the wrong type.
     """
-    name = os.fspath(path)
-    is_timm = name.startswith(TIMM)
-    if not is_timm:
-        name = os.path.expanduser(name.removeprefix(RUN))
-        if not os.path.exists(name):
-            raise ConfigError(f"there is no run directory or weight file {name!r}")
-    is_run = os.path.isdir(name)
-    remedy = source_inside(Path(name)) if is_run and not os.path.exists(os.path.join(name, "config.yaml")) else ""
-    if remedy:
-        raise ConfigError(f"{name} is a folder, but not a run directory{remedy}")
+    name, is_run = run_or_weights(path)
     if is_run and (backbone is not None or weights_prefix is not None):
         raise ConfigError(f"{name} is a run directory, which states its network: remove backbone and weights_prefix")
-    node = backbone_node(backbone, image_size=image_size) if isinstance(backbone, str) else backbone
-    return NetworkConfig(
+    if not is_run and checkpoint != "last":
+        raise ConfigError(f"checkpoint is {checkpoint!r}, but {name} is not a run directory: remove checkpoint")
+    values: dict[str, Any] = {
+        "weights_prefix": weights_prefix,
+        "image_size": image_size,
+        "trust": trust,
+        "feature_layer": feature_layer,
+        "batch_size": batch_size,
+        "workers": workers,
+    }
+    kinds = {field.name: str(field.type) for field in fields(FunctionConfig)}
+    for key, value in values.items():
+        if not fits(value, kinds[key]):
+            raise ConfigError(f"{key} is {value!r}, but it must be {words(kinds[key]).replace('null', 'None')}")
+    check_range("image_size", image_size, least=1)
+    statistics = {"mean": numbers("mean", mean), "std": numbers("std", std)}
+    is_file = not is_run and not name.startswith(TIMM)
+    stated = stated_images(Path(name)) if is_file and isinstance(backbone, str) else None
+    size = image_size or (stated and stated.center_crop) or UNKNOWN_SIZE
+    channels = statistics["mean"] or statistics["std"] or (stated and stated.mean) or DEFAULTS["mean"]
+    return FunctionConfig(
         run=name if is_run else None,
         weights=None if is_run else name,
-        weights_prefix=weights_prefix,
         checkpoint=checkpoint,
         device=device,
         precision=precision,
-        trust=list(trust),
         dataset=None,
-        backbone=None if node is None else dict(node),
+        backbone=_node(backbone, image_size=size, channels=len(channels)),
         dataset_changes=[],
-        feature_layer=feature_layer,
-        batch_size=batch_size,
-        workers=workers,
+        **values | statistics | {"trust": list(trust)},
     )
 
 
-def subject_of(config: NetworkConfig, device: torch.device, *, image_size: int = UNKNOWN_SIZE) -> Subject:
+def _node(backbone: str | Mapping[str, Any] | None, *, image_size: int, channels: int) -> dict[str, Any] | None:
+    """Return the settings of the argument `backbone` of `load`, for images of a size in pixels."""
+    if backbone is None:
+        return None
+    if isinstance(backbone, str):
+        try:
+            return backbone_node(backbone, image_size=image_size, channels=channels)
+        except YAMLError as error:
+            raise ConfigError(f"backbone is {backbone!r}, which is not valid YAML: correct its values") from error
+    if not isinstance(backbone, Mapping) or not isinstance(backbone.get("_target_"), str):
+        raise ConfigError(
+            f"backbone is {backbone!r}, but it must be a text such as 'resnet50 stem=imagenet', or a dictionary with "
+            "_target_, the name of a class"
+        )
+    return dict(backbone)
+
+
+def subject_of(config: NetworkConfig, device: torch.device) -> Subject:
     """Return the network of a run directory or weight file, without images.
 
-    `image_size` is the size in pixels for which the network is built if the file does not state it.
+    The size of the images of a weight file is that of `config`, else that which the file states, else that of the
+    chosen backbone, else `UNKNOWN_SIZE`. Raises ConfigError if `config` states another normalization than a run.
     """
-    if config.run is not None:
-        return subject_of_run(config, read_run(config), device)
-    weights = read_weight_file(config)
-    return subject_of_file(config, weights, device, image_size=image_size, mean=DEFAULTS["mean"], std=DEFAULTS["std"])
+    stated = config if isinstance(config, FunctionConfig) else None
+    weights = None if config.run is not None else read_weight_file(config)
+    own_size = stated and stated.image_size
+    if stated and (stated.mean or stated.std) and (weights is None or weights.exported):
+        raise ConfigError(
+            f"mean is {stated.mean} and std is {stated.std}, but {config.run or config.weights} states its "
+            "normalization: remove mean and std"
+        )
+    if weights is None:
+        subject = subject_of_run(config, read_run(config), device)
+        return replace(subject, image_size=own_size or subject.image_size)
+    given = (stated and stated.mean, stated and stated.std)
+    mean, std = given[0] or weights.mean or DEFAULTS["mean"], given[1] or weights.std or DEFAULTS["std"]
+    wrong = wrong_statistics(mean, std)
+    if wrong and not weights.exported:
+        raise ConfigError(f"{wrong}: correct the arguments mean and std")
+    in_node = (config.backbone or {}).get("image_size")
+    size = own_size or weights.image_size or (in_node if isinstance(in_node, int) else None) or UNKNOWN_SIZE
+    weights = replace(weights, mean=mean, std=std)
+    subject = subject_of_file(config, weights, device, image_size=size, mean=mean, std=std)
+    messages = subject.messages
+    if stated:
+        messages = [message.replace("dataset.mean and dataset.std", "mean and std") for message in messages]
+    return replace(subject, image_size=size, messages=messages)
 
 
 def pixel_format_of(subject: Subject) -> PixelFormat:

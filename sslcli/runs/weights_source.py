@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,11 +53,12 @@ class Export(ExportOptions):
 
 
 @dataclass(frozen=True)
-class Normalization:
-    """Keys of the preprocessing file of an exported folder that state how images are normalized, per channel."""
+class StatedImages:
+    """Keys of a preprocessing file beside a weight file: the normalization of images per channel, and their size."""
 
     mean: list[float]
     std: list[float]
+    center_crop: int | None = None  # image size in pixels
 
 
 def check_export(path: Path, content: dict[str, Any]) -> None:
@@ -81,6 +84,7 @@ class WeightsSource:
         provenance: entries for a result file, as JSON values.
         backbone: settings of the backbone, if the source states them. `image_size` is then that of pre-training.
         mean, std: normalization of the images, per channel, if the source states it.
+        image_size: side of the images of pre-training in pixels, if the source states it.
         exported: content of a file of ssl-export with current names, else {}.
     """
 
@@ -91,6 +95,7 @@ class WeightsSource:
     backbone: dict[str, Any] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
+    image_size: int | None = None
     exported: dict[str, Any] = field(default_factory=dict)
 
 
@@ -117,7 +122,7 @@ def _file_source(path: Path) -> WeightsSource:
     content = read_published(path)
     provenance = {"weights": str(path.absolute()), "checkpoint_sha256": checkpoint.sha256(path)}
     if not content.keys() >= Export.__required_keys__:  # other weight files lack some of these keys
-        return _folder_source(path, content, provenance)
+        return _plain_source(path, content, provenance)
     check_export(path, content)
     exported = current_config(content)[0]
     part = exported.get("evaluated_part", Method.evaluated_part) if exported["what"] == "method" else ""
@@ -129,8 +134,29 @@ def _file_source(path: Path) -> WeightsSource:
         backbone=exported["backbone"],
         mean=exported["mean"],
         std=exported["std"],
+        image_size=exported["image_size"],
         exported=exported,
     )
+
+
+def run_or_weights(path: str | os.PathLike[str]) -> tuple[str, bool]:
+    """Return the path of a run or weight file, or timm:NAME, and True if it is a run.
+
+    Raises ConfigError if there is no such run or file.
+    """
+    name = os.fspath(path) if isinstance(path, (str, os.PathLike)) else path
+    if not isinstance(name, str):
+        raise ConfigError(f"the run or weight file is {name!r}, but it must be a text or a pathlib.Path")
+    if name.startswith(TIMM):
+        return name, False
+    name = os.path.expanduser(name.removeprefix(RUN))
+    if not os.path.exists(name):
+        raise ConfigError(f"there is no run directory or weight file {name!r} in {os.getcwd()}: correct the path")
+    is_folder = os.path.isdir(name)
+    if is_folder and not os.path.exists(os.path.join(name, "config.yaml")):
+        remedy = source_inside(Path(name)) or " (it has no config.yaml): name a run directory or a file of weights"
+        raise ConfigError(f"{name} is a folder, but not a run directory{remedy}")
+    return name, is_folder
 
 
 def source_inside(folder: Path) -> str:
@@ -141,13 +167,65 @@ def source_inside(folder: Path) -> str:
     return next((f": write {path}" for path in files if path.is_file() and path.suffix != ".onnx"), "")
 
 
-def _folder_source(path: Path, content: dict[str, Any], provenance: dict[str, Any]) -> WeightsSource:
-    """Return the source of a weight file, with the normalization that ssl-export wrote beside it, if it did."""
-    beside, mean, std = path.with_name(PREPROCESSING), None, None
-    if path.name in {target.weights_file for target in TARGETS.values()} and beside.is_file():
-        stated = read_json(beside, Normalization, remedy="export the run again, or remove the file")
-        mean, std = stated.mean, stated.std
-    return WeightsSource(str(path), content, provenance=provenance, mean=mean, std=std)
+def _plain_source(path: Path, content: dict[str, Any], provenance: dict[str, Any]) -> WeightsSource:
+    """Return the source of a weight file that is not of `ssl-export format=torch`."""
+    stated = stated_images(path)
+    if stated is None:
+        return WeightsSource(str(path), content, provenance=provenance)
+    return WeightsSource(
+        str(path),
+        content,
+        provenance=provenance,
+        mean=stated.mean,
+        std=stated.std,
+        image_size=stated.center_crop,
+    )
+
+
+def stated_images(path: Path) -> StatedImages | None:
+    """Return what the preprocessing file beside the weight file `path` states about its images, or None without one.
+
+    This file is FILE.preprocessing.json, else preprocessing.json. `ssl-export` writes both. Raises ConfigError if it is
+    damaged, or if its values are impossible.
+    """
+    names = (f"{path.name}.{PREPROCESSING}", PREPROCESSING)
+    beside = next((found for found in map(path.with_name, names) if os.path.isfile(found)), None)
+    if beside is None:
+        return None
+    remedy = "correct it, export the run again, or remove the file"
+    stated = read_json(beside, StatedImages, remedy=remedy)
+    wrong = wrong_statistics(stated.mean, stated.std)
+    if wrong:
+        raise DamagedFile(beside, wrong, remedy)
+    if stated.center_crop is not None and stated.center_crop < 1:
+        raise DamagedFile(beside, f"center_crop is {stated.center_crop}, but it must be at least 1", remedy)
+    return stated
+
+
+def wrong_statistics(mean: Sequence[float], std: Sequence[float]) -> str:
+    """Return why `mean` and `std` cannot normalize images, or "" if they can."""
+    if not mean or len(mean) != len(std):
+        return f"mean has {len(mean)} and std has {len(std)} values, but both need one for each channel"
+    if not all(map(math.isfinite, (*mean, *std))) or min(std) <= 0:
+        return f"mean is {list(mean)} and std is {list(std)}, but they must be finite, and std greater than 0"
+    return ""
+
+
+def numbers(name: str, values: Any) -> list[float] | None:
+    """Return the argument `name`, a sequence, an array or None, as a list. Raises ConfigError for other values."""
+    if values is None:
+        return None
+    try:
+        if isinstance(values, str):
+            raise TypeError
+        found = [float(value) for value in values]
+        if not found:
+            raise ValueError
+        return found
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{name} is {values!r}, but it must be a list with one number for each channel, such as [0.5, 0.5, 0.5]"
+        ) from error
 
 
 def _run_source(run_dir: Path, trust: list[str]) -> WeightsSource:

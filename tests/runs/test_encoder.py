@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from PIL import Image
 import sslcli
 from command_line import SMALL, Cli
 from sslcli.backbones.base import Backbone
+from sslcli.backbones.small import Small
 from sslcli.config.backbone_choice import backbone_node
 from sslcli.data.bad_images import BadImage
 from sslcli.data.crops import PlainCrops
@@ -123,6 +126,77 @@ def test_published_weights_load_with_their_backbone(tmp_path: Path, capsys: pyte
         sslcli.load(tmp_path / "moco.pth")
 
 
+@pytest.fixture
+def small_file(tmp_path: Path) -> Path:
+    """A file of weights that states nothing about its images."""
+    torch.save(Small(image_size=32, width=8).state_dict(), tmp_path / "a.pt")
+    return tmp_path / "a.pt"
+
+
+def test_the_images_of_a_weight_file_are_those_of_its_preprocessing_file(
+    small_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sslcli.load(small_file, backbone="small width=8").image_size == 224
+    stated = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "center_crop": 48}
+    (small_file.parent / "preprocessing.json").write_text(json.dumps(stated))
+    net = sslcli.load(small_file, backbone="small width=8")
+    assert (net.image_size, net.transform.image_size) == (48, 48)
+    images, printed = torch.rand(2, 3, 48, 48), capsys.readouterr().out
+    mean, std = (torch.tensor(stated[key]).view(3, 1, 1) for key in ("mean", "std"))
+    torch.testing.assert_close(net(images), net.network((images - mean) / std))
+    assert "if the weights were trained with other values, set mean and std" in printed
+    net = sslcli.load(small_file, backbone="small width=8", image_size=40, mean=torch.zeros(3), std=(1, 1, 1))
+    assert net.transform.image_size == 40
+    assert torch.equal(net(images), net.network(images))
+    Image.new("RGB", (60, 50)).save(small_file.parent / "a.png")
+    found = sslcli.embed(small_file, small_file.parent / "a.png", backbone="small width=8", workers=0)
+    assert "test transform at 48 px" in found.provenance["transform"]
+    again = sslcli.embed(small_file, found.paths, backbone="small width=8", workers=0, image_size=40, mean=[0, 0, 0])
+    assert "test transform at 40 px" in again.provenance["transform"]
+    assert not torch.equal(found.features, again.features)
+
+
+def test_the_size_of_a_backbone_in_a_dictionary_is_the_image_size(small_file: Path) -> None:
+    node = {"_target_": "sslcli.backbones.small.Small", "image_size": 64, "width": 8}
+    assert sslcli.load(small_file, backbone=node).image_size == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"image_size": 0}, "image_size is 0, but it must be at least 1"),
+        ({"image_size": "32"}, "image_size is '32', but it must be an integer or None"),
+        ({"image_size": 8}, "image_size is 8, but the small backbone needs at least 16 pixels"),
+        ({"mean": 0.5}, "mean is 0.5, but it must be a list with one number for each channel"),
+        ({"std": "123"}, "std is '123', but it must be a list"),
+        ({"mean": []}, r"mean is \[\], but it must be a list"),
+        ({"mean": [0.5]}, "mean has 1 and std has 3 values.*: correct the arguments mean and std"),
+        ({"std": [1, 0, 1]}, "std greater than 0: correct the arguments"),
+        ({"mean": [0.5], "std": [1]}, r"block1.0.weight is \(8, 3, 3, 3\) and should be \(8, 1, 3, 3\)"),
+        ({"weights_prefix": 3}, "weights_prefix is 3, but it must be a string or None"),
+        ({"trust": "abc"}, "trust is 'abc', but it must be a list of strings"),
+        ({"trust": None}, "trust is None, but it must be a list"),
+        ({"checkpoint": 7}, "checkpoint is 7, but .* is not a run directory: remove checkpoint"),
+        ({"backbone": 3}, "backbone is 3, but it must be a text such as"),
+        ({"backbone": {"image_size": 3}}, "a dictionary with _target_"),
+        ({"backbone": "small width=[8"}, r"backbone is 'small width=\[8', which is not valid YAML"),
+        (
+            {"backbone": {"_target_": "sslcli.backbones.small.Small", "width": 8, "image_size": "x"}},
+            "image_size is 'x'",
+        ),
+    ],
+)
+def test_wrong_arguments_are_refused(small_file: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        sslcli.load(small_file, **{"backbone": "small width=8", "image_size": 32} | arguments)
+
+
+def test_images_that_the_network_does_not_accept_are_refused(small_file: Path) -> None:
+    node = {"_target_": "sslcli.backbones.small.Small", "image_size": 32, "width": 8}
+    with pytest.raises(ConfigError, match=r"not accept images of 1 channels and 32 x 32 pixels .*: set image_size"):
+        sslcli.load(small_file, backbone=node, mean=[0.5], std=[1])
+
+
 def backbone_of(choice: str) -> Backbone:
     return build_backbone(backbone_node(choice, image_size=64), image_size=64, trust=[])
 
@@ -153,8 +227,16 @@ def test_a_method_with_its_own_features_is_kept_whole(tmp_path: Path, cli: Cli) 
 
 
 def test_wrong_paths_and_steps_are_refused(run_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run directory or weight file '/none'"):
+    with pytest.raises(ConfigError, match=r"no run directory or weight file '/none' in .*: correct the path"):
         sslcli.load("/none")
+    with pytest.raises(ConfigError, match="weight file is None, but it must be a text"):
+        sslcli.load(None)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"weight file is b'a', but it must be a text"):
+        sslcli.load(b"a")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"not a run directory \(it has no config.yaml\): name a run"):
+        sslcli.load(tmp_path, backbone="small")
+    with pytest.raises(ConfigError, match=r"mean is \[0.0, 0.0, 0.0\] and .* states its normalization: remove mean"):
+        sslcli.load(run_dir, mean=[0, 0, 0])
     with pytest.raises(ConfigError, match="not a run directory"):
         sslcli.load(tmp_path)
     (tmp_path / "model.safetensors").touch()  # as in a folder of ssl-export

@@ -49,9 +49,38 @@ def test_a_file_in_an_exported_folder_has_the_normalization_of_the_run(trained: 
         open_weights(str(tmp_path), trust=[])
     source = open_weights(str(folder / "model.safetensors"), trust=[])
     assert (source.mean, source.std) == ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # SimCLR does not normalize
-    (folder / "model.safetensors").rename(folder / "other.safetensors")  # not a file of ssl-export
-    assert open_weights(str(folder / "other.safetensors"), trust=[]).mean is None
-    (folder / "other.safetensors").rename(folder / "model.safetensors")
+    assert source.image_size == 32
     (folder / "preprocessing.json").write_text('{"mean": [0.5]}')
     with pytest.raises(ConfigError, match=r"preprocessing\.json is damaged .* export the run again"):
         open_weights(str(folder / "model.safetensors"), trust=[])
+
+
+def test_a_preprocessing_file_beside_any_file_is_used(tmp_path: Path) -> None:
+    torch.save(Small(image_size=32).state_dict(), tmp_path / "a.pt")
+    (tmp_path / "preprocessing.json").write_text('{"mean": [0.5], "std": [1], "center_crop": 48, "other": null}')
+    source = open_weights(str(tmp_path / "a.pt"), trust=[])
+    assert (source.mean, source.std, source.image_size) == ([0.5], [1], 48)
+    (tmp_path / "a.pt.preprocessing.json").write_text('{"mean": [0.25], "std": [1]}')  # of this file alone
+    source = open_weights(str(tmp_path / "a.pt"), trust=[])
+    assert (source.mean, source.image_size) == ([0.25], None)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"mean": [0.5, 0.5], "std": [1]}', "mean has 2 and std has 1 values"),
+        ('{"mean": [], "std": []}', "mean has 0 and std has 0 values"),
+        ('{"mean": [0.5], "std": [0]}', "std greater than 0"),
+        ('{"mean": [1e999], "std": [1]}', "mean is "),
+        ('{"mean": [0.5], "std": [1], "center_crop": 0}', "center_crop is 0, but it must be at least 1"),
+        ('{"mean": [0.5], "std": [1], "center_crop": "32"}', "center_crop is '32', but it must be an integer"),
+        ("[]", "must be a mapping"),
+        ("", "it is empty"),
+    ],
+)
+def test_a_wrong_preprocessing_file_is_refused_with_its_name(content: str, message: str, tmp_path: Path) -> None:
+    torch.save(Small(image_size=32).state_dict(), tmp_path / "a.pt")
+    (tmp_path / "preprocessing.json").write_text(content)
+    with pytest.raises(ConfigError, match=rf"/preprocessing\.json is damaged .*{message}.*: correct it") as error:
+        open_weights(str(tmp_path / "a.pt"), trust=[])
+    assert "\n" not in str(error.value)
