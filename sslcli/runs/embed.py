@@ -35,6 +35,7 @@ from sslcli.runs.encoder import network_config
 from sslcli.system.memory import keep_freed_memory
 from sslcli.system.stop_signals import StoppedBySignal, raised_signals
 
+LONGEST_ENDING = len(".unreadable.txt")  # of the files beside the written file
 RESUME = "the features so far are saved: run the same command again to resume"
 
 
@@ -114,18 +115,40 @@ def check_out(out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"out is {out}, but its folder cannot be created ({error.strerror})") from error
-    if out.is_dir():
+        raise ConfigError(
+            f"out is {out}, but its folder cannot be created ({error.strerror}): choose another folder"
+        ) from error
+    if os.path.isdir(out):
         raise ConfigError(f"out is {out}, but that is a directory: set it to a file name")
+    longest = os.pathconf(out.parent, "PC_NAME_MAX") - LONGEST_ENDING
+    if len(os.fsencode(out.name)) > longest:
+        raise ConfigError(f"out is {out}, but its file name must have at most {longest} bytes: choose a shorter name")
 
 
 def given_images(images: str | list[str] | None) -> list[str] | None:
-    """Return the setting `images` as a list. Raises ConfigError if a single path does not exist."""
-    if not isinstance(images, str):
-        return images
-    if not os.path.exists(images):
-        raise ConfigError(f"images is {images!r}, but there is no such file or folder")
-    return [images]
+    """Return the setting `images` as a list.
+
+    Raises ConfigError if a single path does not exist, or if there are no paths or empty ones.
+    """
+    if isinstance(images, str):
+        if not os.path.exists(images):
+            raise ConfigError(f"images is {images!r}, but there is no such file or folder: correct the path")
+        return [images]
+    if images is not None and not all(images or [""]):
+        raise ConfigError(f"images is {images}, but it must name at least one image file or folder")
+    return images
+
+
+def paths_of(images: Any) -> str | list[str]:
+    """Return the argument `images` of `embed` as texts. Raises ConfigError if it contains anything but paths."""
+    try:
+        is_one = isinstance(images, (str, os.PathLike))
+        found = [os.fspath(path) for path in ([images] if is_one else images)]
+        if isinstance(images, (bytes, Mapping)) or not all(isinstance(path, str) for path in found):
+            raise TypeError
+    except TypeError as error:
+        raise ConfigError(f"images is {images!r}, but it must be a path or a list of paths") from error
+    return found[0] if is_one else found
 
 
 def extract(embedding: Embedding, parts: Parts, screen: Screen) -> None:
@@ -225,12 +248,17 @@ def embed(
         batch_size=batch_size,
         workers=workers,
     )
-    given = os.fspath(images) if isinstance(images, (str, os.PathLike)) else [os.fspath(path) for path in images]
+    given = given_images(paths_of(images))
     chosen = devices.pick_device(config.device)
     worker_server.start(chosen)  # reading the random state of a GPU initializes CUDA
     with devices.unchanged_settings(), devices.unchanged_random_state(chosen), Screen() as screen:
         devices.prepare(chosen, deterministic=True)
-        embedding = prepare(config, chosen, screen, images=given_images(given), split="all")
+        try:
+            embedding = prepare(config, chosen, screen, images=given, split="all")
+        except ConfigError:
+            raise
+        except ValueError as error:  # an image folder or the layer is wrong
+            raise ConfigError(str(error)) from error
         screen.start("embedding", total=embedding.total)
         features, paths, unreadable, done = [], list[str](), dict[str, str](), 0
         for batch in embedding.batches():

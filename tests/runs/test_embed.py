@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import sslcli
 from command_line import Cli
@@ -133,6 +135,30 @@ def test_outputs_that_cannot_be_written_are_refused_before_the_network_is_loaded
         ("x.txt", "must end in"),
         ("file/x.npy", "its folder cannot be created"),
         ("folder.npy", "that is a directory"),
+        (f"{'n' * 237}.npy", "its file name must have at most 240 bytes: choose a shorter name"),
+        (f"{'n' * 300}.npy", "its file name must have at most 240 bytes: choose a shorter name"),
     ):
         ended = cli("ssl-embed", f"run={run_dir}", f"out={out}")
         assert (ended.code, message in ended.err) == (2, True)
+
+
+def test_the_longest_allowed_name_can_be_written(run_dir: Path, folder: Path, tmp_path: Path, cli: Cli) -> None:
+    out = "n" * (255 - command.LONGEST_ENDING - 4) + ".npy"
+    assert cli("ssl-embed", f"run={run_dir}", f"images={folder}/a", "workers=0", f"out={out}").code == 0
+    assert (tmp_path / f"{out}.unreadable.txt").exists()
+
+
+@pytest.mark.parametrize("images", [None, 3, b"a.png", {"a.png": 1}, [None], [b"a.png"], [], [""], "", "none.png"])
+def test_images_that_are_no_paths_are_refused(run_dir: Path, images: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^images is "):
+        sslcli.embed(run_dir, images)
+
+
+def test_folders_and_layers_that_cannot_be_used_raise_the_documented_error(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there are no images in"):
+        sslcli.embed(run_dir, tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(ConfigError, match="feature_layer is 'none', which this net does not have"):
+        sslcli.embed(run_dir, tmp_path, feature_layer="none")
+    with pytest.raises(ConfigError, match="batch_size is '8', but it must be an integer"):
+        sslcli.embed(run_dir, tmp_path, batch_size="8")  # type: ignore[arg-type]
