@@ -118,7 +118,9 @@ def open_weights(spec: str, *, trust: list[str]) -> WeightsSource:
 
 def _file_source(path: Path) -> WeightsSource:
     if path.is_dir():
-        raise ConfigError(f"{path} is a folder, not a file of weights{source_inside(path)}")
+        raise ConfigError(
+            f"{path} is a folder, not a file of weights{source_inside(path) or ': name the file of weights'}"
+        )
     content = read_published(path)
     provenance = {"weights": str(path.absolute()), "checkpoint_sha256": checkpoint.sha256(path)}
     if not content.keys() >= Export.__required_keys__:  # other weight files lack some of these keys

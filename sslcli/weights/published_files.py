@@ -102,7 +102,7 @@ def read_published(path: Path) -> dict[str, Any]:
             raise ConfigError(f"{error}: {_remedy(path, str(cause))}") from error
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path} is a damaged safetensors file: {error}") from error
+        raise ConfigError(f"{path} is a damaged safetensors file ({error}): download or export it again") from error
     check_keys(path, flattened(content))
     return content
 

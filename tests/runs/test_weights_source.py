@@ -45,7 +45,7 @@ def test_a_file_in_an_exported_folder_has_the_normalization_of_the_run(trained: 
     ):
         with pytest.raises(ConfigError, match=f"is a folder, not a file of weights: write {named}"):
             open_weights(str(other), trust=[])
-    with pytest.raises(ConfigError, match=r"is a folder, not a file of weights$"):
+    with pytest.raises(ConfigError, match=r"is a folder, not a file of weights: name the file of weights$"):
         open_weights(str(tmp_path), trust=[])
     source = open_weights(str(folder / "model.safetensors"), trust=[])
     assert (source.mean, source.std) == ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # SimCLR does not normalize
