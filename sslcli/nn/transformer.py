@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+MAX_EXPLICIT_TOKENS = 256  # 196 patches of 224 px and the other tokens; with more, the weights need much memory
+
 
 class Attention(nn.Module):
     """Multi-head self-attention, (N, T, D) -> (N, T, D)."""
@@ -28,8 +30,19 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (N, T, 3, H, K)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (N, H, T, K) each
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attend(q, k, v)
         return self.proj(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Return the softmax attention of queries (N, H, T, K) over keys and values (N, H, S, K), as (N, H, T, K).
+
+    On CPUs, in bfloat16 and with few tokens, forward and backward pass of the two matrix products take a half to a
+    seventh of the time of torch's fused attention (docs/performance.md). They need memory for T * S weights per head.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= MAX_EXPLICIT_TOKENS:
+        return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=3) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Mlp(nn.Module):

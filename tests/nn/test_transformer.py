@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as fused
 
-from sslcli.nn.transformer import Block, LayerScale, drop_path, init_linear
+from sslcli.nn.transformer import Block, LayerScale, attend, drop_path, init_linear
 
 
 def test_attention_equals_softmax_written_out() -> None:
@@ -21,6 +23,26 @@ def test_attention_equals_softmax_written_out() -> None:
         weight = (q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(8)).softmax(-1)
         heads.append(weight @ v[..., part])
     torch.testing.assert_close(block.attn(x), block.attn.proj(torch.cat(heads, dim=2)))
+
+
+@pytest.mark.parametrize(("dtype", "tokens", "explicit"), [("bfloat16", 9, 1), ("bfloat16", 300, 0), ("float32", 9, 0)])
+def test_explicit_and_fused_attention_give_the_same_features_and_gradients(
+    dtype: str, tokens: int, explicit: int
+) -> None:
+    wanted = [torch.randn(2, 3, length, 4).to(getattr(torch, dtype)) for length in (5, tokens, tokens)]
+    found = [tensor.clone().requires_grad_() for tensor in wanted]
+    for tensor in wanted:
+        tensor.requires_grad_()
+    with mock.patch("torch.nn.functional.scaled_dot_product_attention", wraps=fused) as calls:
+        out = attend(*found)
+    assert calls.call_count == 1 - explicit
+    expected = fused(*wanted)
+    assert out.dtype == expected.dtype
+    tolerance = {"rtol": 0.02, "atol": 0.02} if explicit else {}
+    torch.testing.assert_close(out, expected, **tolerance)
+    for result in (out, expected):
+        result.float().square().sum().backward()
+    torch.testing.assert_close([t.grad for t in found], [t.grad for t in wanted], **tolerance)
 
 
 def test_drop_path_leaves_out_whole_images_and_keeps_the_mean() -> None:
