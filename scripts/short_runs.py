@@ -1,6 +1,6 @@
 """Short runs of all methods on the training images of CIFAR-10, with the same CPU time, and their evaluation.
 
-    python scripts/short_runs.py IMAGES OUT [METHOD ...]
+    python scripts/short_runs.py [--protocols knn linear semi --] IMAGES OUT [METHOD ...]
     python scripts/short_runs.py --table OUT
 
 IMAGES contains one folder per class (50,000 images; a tenth is held out by hash). A run has as many steps as fit into
@@ -123,6 +123,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--threads", type=int, default=CORES, help="threads of a run; use 1 under other load (default: %(default)s)"
     )
+    parser.add_argument(
+        "--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="evaluations (default: all)"
+    )
     parser.add_argument("images", type=Path, nargs="?")
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("methods", nargs="*")
@@ -134,7 +137,9 @@ def main(arguments: Sequence[str]) -> int:
         parser.error("IMAGES and OUT are required, or --table OUT")
     every = {path.stem for path in (root() / "conf" / "method").glob("*.yaml")} - {"distill"}  # which needs a teacher
     for method in options.methods or sorted(every):
-        short_run(method, options.images, options.out, seconds=60 * options.minutes * CORES, threads=options.threads)
+        seconds = 60 * options.minutes * CORES
+        train(method, options.images, options.out, seconds=seconds, threads=options.threads)
+        evaluate(options.out / method, options.protocols)
     print(table(options.out))
     return 0
 
@@ -144,18 +149,23 @@ def root() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
-def short_run(method: str, images: Path, out: Path, *, seconds: float, threads: int) -> None:
-    """Train one method for `seconds` of CPU time, then evaluate it. Finished parts are skipped."""
+def train(method: str, images: Path, out: Path, *, seconds: float, threads: int) -> None:
+    """Train one method for `seconds` of CPU time. A finished run is not trained again."""
     line = train_line(method, images, threads)
     run_dir = out / method
-    if not (run_dir / "done").exists():
-        num_steps = out / f"{method}.steps"
-        if not num_steps.exists():
-            short, long = PILOT_STEPS
-            before, after = (cpu_time([*line, f"train.max_steps={n}"], out / f"{method}.{n}") for n in PILOT_STEPS)
-            num_steps.write_text(str(int(seconds * (long - short) / (after - before))))
-        subprocess.run([*line, f"train.max_steps={num_steps.read_text()}", f"run_dir={run_dir}"], check=True)
-    for protocol in PROTOCOLS:
+    if (run_dir / "done").exists():
+        return
+    num_steps = out / f"{method}.steps"
+    if not num_steps.exists():
+        short, long = PILOT_STEPS
+        before, after = (cpu_time([*line, f"train.max_steps={n}"], out / f"{method}.{n}") for n in PILOT_STEPS)
+        num_steps.write_text(str(int(seconds * (long - short) / (after - before))))
+    subprocess.run([*line, f"train.max_steps={num_steps.read_text()}", f"run_dir={run_dir}"], check=True)
+
+
+def evaluate(run_dir: Path, protocols: Sequence[str]) -> None:
+    """Evaluate one run. Protocols that have a result are not run again."""
+    for protocol in protocols:
         if not result_of(run_dir, protocol):
             baselines = not baselines_of(run_dir, protocol)
             subprocess.run(
