@@ -2,8 +2,9 @@
 
 The plain loops have the structure of the official code (facebookresearch/mae, microsoft/SimMIM, facebookresearch/ijepa,
 facebookresearch/dino, bytedance/ibot), with the transformer of timm. They get masks that were drawn before the
-measurement; sslcli draws its masks in the step. `best` adds bfloat16 if the processor supports it natively, and an
-allocator that keeps freed memory. `dino/view by view` is sslcli with one call of the backbone per view.
+measurement; sslcli draws its masks in the step. `best` adds bfloat16 if the processor supports it natively, attention as
+two matrix products, which is then faster, and an allocator that keeps freed memory. `dino/view by view` is sslcli with
+one call of the backbone per view.
 
 With ONE_CORE=1, the CPU time of one thread is measured, which is also valid if the machine has other load.
 """
@@ -81,6 +82,7 @@ def plain_step(method: str, *, best: bool) -> Result:
     """Time a step of a loop with the structure of the official code."""
     from sslcli.engine import precision
 
+    timm.layers.set_fused_attn(not best)
     student, teacher, loss_of = PLAIN[method]()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
     dtype, views = precision.resolve("auto", CPU) if best else "fp32", random_views(NUM_VIEWS[method])
