@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sslcli.errors import ConfigError
 from sslcli.system.regular_files import open_regular
@@ -103,15 +104,15 @@ def read_published(path: Path) -> dict[str, Any]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} is a damaged safetensors file ({error}): download or export it again") from error
+    if not any(isinstance(value, (Tensor, Mapping)) for value in content.values()):
+        raise ConfigError(f"{path} contains no tensors: give a file with the weights of a network")
     check_keys(path, flattened(content))
     return content
 
 
 def check_keys(path: Path, keys: Collection[str]) -> None:
-    """Raise ConfigError if the file `path` has no keys of tensors, or a key that is longer than `LONGEST_KEY`."""
-    if not keys:
-        raise ConfigError(f"{path} contains no tensors: give a file with the weights of a network")
-    longest = max(keys, key=len)
+    """Raise ConfigError if the file `path` has a key of a tensor that is longer than `LONGEST_KEY`."""
+    longest = max(keys, key=len, default="")
     if len(longest) > LONGEST_KEY:
         raise ConfigError(
             f"{path} has a key of {len(longest):,} characters ({short(longest)}), but at most {LONGEST_KEY:,} are "
