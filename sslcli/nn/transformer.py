@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MAX_EXPLICIT_TOKENS = 256  # 196 patches of 224 px and the other tokens; with more, the weights need much memory
+MAX_EXPLICIT_TOKENS = 264  # 16 x 16 patches and the other tokens; with more, the weights need much memory
 
 
 class Attention(nn.Module):
