@@ -2,9 +2,9 @@
 
 The plain loops have the structure of the official code (facebookresearch/mae, microsoft/SimMIM, facebookresearch/ijepa,
 facebookresearch/dino, bytedance/ibot), with the transformer of timm. They get masks that were drawn before the
-measurement; sslcli draws its masks in the step. `best` adds bfloat16 if the processor supports it natively, attention as
-two matrix products, which is then faster, and an allocator that keeps freed memory. `dino/view by view` is sslcli with
-one call of the backbone per view.
+measurement; sslcli draws its masks in the step. `best` adds bfloat16 if the processor supports it natively, attention
+as two matrix products, which is then faster, and an allocator that keeps freed memory. `dino/view by view` is sslcli
+with one call of the backbone per view.
 
 With ONE_CORE=1, the CPU time of one thread is measured, which is also valid if the machine has other load.
 """

@@ -41,7 +41,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     seventh of the time of torch's fused attention (docs/performance.md). They need memory for T * S weights per head.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] <= MAX_EXPLICIT_TOKENS:
-        return (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=3) @ v
+        weights: Tensor = (q * q.shape[3] ** -0.5 @ k.transpose(2, 3)).softmax(dim=3)
+        return weights @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 

@@ -27,15 +27,14 @@ def check_network(config: dict[str, Any], remedy: str) -> None:
     if (config["run"] is None) == (config["weights"] is None):
         raise ConfigError(remedy)
     _, timm = SOURCES_OF_WEIGHTS
-    path, prefix = config["run"] or config["weights"], config["weights_prefix"]
-    if config["run"] and prefix is not None:
+    name = "weights" if config["run"] is None else "run"
+    path, prefix = config[name], config["weights_prefix"]
+    if name == "run" and prefix is not None:
         raise ConfigError(
             f"weights_prefix is {prefix!r}, but a run states which network is evaluated: remove weights_prefix"
         )
     if not path.startswith(timm) and not os.path.exists(path):
-        raise ConfigError(
-            f"{'run' if config['run'] else 'weights'} is {path!r}, but there is no such path.{_suggestions(path)}"
-        )
+        raise ConfigError(f"{name} is {path!r}, but there is no such path.{_suggestions(path)}")
 
 
 def check_changes(config: dict[str, Any]) -> None:

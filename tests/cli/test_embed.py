@@ -19,6 +19,8 @@ from sslcli.backbones.resnet import ResNet
     [
         ([], "give run=DIR, or weights=FILE"),
         (["run=/none", "out=x.npy"], "there is no such path"),
+        (["run=", "out=x.npy"], "run is '', but there is no such path"),
+        (["weights=''", "out=x.npy"], "weights is '', but there is no such path"),
         (["run=.", "weights=.", "out=x.npy"], "not both"),
         (["run=."], "out is null: set it to the file to write"),
         (["weights=.", "out=x.npy"], "requires images=... or dataset=..."),
