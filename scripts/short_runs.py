@@ -139,7 +139,7 @@ def main(arguments: Sequence[str]) -> int:
     for method in options.methods or sorted(every):
         seconds = 60 * options.minutes * CORES
         train(method, options.images, options.out, seconds=seconds, threads=options.threads)
-        evaluate(options.out / method, options.protocols)
+        evaluate(options.out / method, options.protocols, threads=options.threads)
     print(table(options.out))
     return 0
 
@@ -163,15 +163,13 @@ def train(method: str, images: Path, out: Path, *, seconds: float, threads: int)
     subprocess.run([*line, f"train.max_steps={num_steps.read_text()}", f"run_dir={run_dir}"], check=True)
 
 
-def evaluate(run_dir: Path, protocols: Sequence[str]) -> None:
+def evaluate(run_dir: Path, protocols: Sequence[str], *, threads: int) -> None:
     """Evaluate one run. Protocols that have a result are not run again."""
     for protocol in protocols:
         if not result_of(run_dir, protocol):
-            baselines = not baselines_of(run_dir, protocol)
-            subprocess.run(
-                [command("ssl-eval"), f"run={run_dir}", f"protocol={protocol}", f"baselines={str(baselines).lower()}"],
-                check=True,
-            )
+            baselines = "false" if baselines_of(run_dir, protocol) else "true"
+            settings = [f"protocol={protocol}", f"baselines={baselines}", f"launcher.threads={threads}"]
+            subprocess.run([command("ssl-eval"), f"run={run_dir}", *settings], check=True)
 
 
 def command(name: str) -> str:
