@@ -79,7 +79,18 @@ OVERRIDES: dict[str, list[str]] = {
     "mae": ["method=mae", *VIT, "method.decoder_dim=128", "method.decoder_depth=2", "method.decoder_heads=4"],
     "simmim": ["method=simmim", *VIT],
     "ijepa": ["method=ijepa", *VIT, "method.predictor_dim=64", "method.predictor_heads=4", "method.momentum=0.99"],
-    "ibot": ["method=ibot", *VIT, "method.momentum=0.99"],
+    "ibot": [
+        "method=ibot",
+        *VIT,
+        "views=vicreg_cifar",
+        "method.num_views=2",  # small crops would take a third of the time
+        "method.num_prototypes=512",  # the head is applied to all patches and takes more time than the network
+        "method.hidden=256",
+        "method.dim=128",
+        "method.momentum=0.99",
+        "train.batch_size=64",  # few images fit into the time, so more steps
+        "train.lr_scaling=none",
+    ],
     "dinov2": ["method=dinov2", *VIT, "method.momentum=0.99", "method.warmup_teacher_temperature_epochs=0"],
     "cpc": [
         "method=cpc",

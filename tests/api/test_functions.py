@@ -141,6 +141,7 @@ def test_the_server_of_data_workers_starts_before_cuda_is_initialized(
     monkeypatch.setattr(devices, "unchanged_random_state", reads_random_state)
     with pytest.raises(InterruptedError):
         sslcli.train([*LINE, f"run_dir={tmp_path}/run"])
+    (tmp_path / "config.yaml").touch()  # so that the folder is a run
     with pytest.raises(InterruptedError):
         sslcli.embed(tmp_path, tmp_path)
     assert calls == ["server", "random state"] * 2
