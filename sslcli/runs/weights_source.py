@@ -187,10 +187,12 @@ def _plain_source(path: Path, content: dict[str, Any], provenance: dict[str, Any
 def stated_images(path: Path) -> StatedImages | None:
     """Return what the preprocessing file beside the weight file `path` states about its images, or None without one.
 
-    This file is FILE.preprocessing.json, else preprocessing.json. `ssl-export` writes both. Raises ConfigError if it is
-    damaged, or if its values are impossible.
+    This file is FILE.preprocessing.json or, for a file with the name of an exported folder's weights,
+    preprocessing.json. Raises ConfigError if it is damaged, or if its values are impossible.
     """
-    names = (f"{path.name}.{PREPROCESSING}", PREPROCESSING)
+    names = [f"{path.name}.{PREPROCESSING}"]
+    if path.name in {target.weights_file for target in TARGETS.values()}:  # it does not describe other files
+        names.append(PREPROCESSING)
     beside = next((found for found in map(path.with_name, names) if os.path.isfile(found)), None)
     if beside is None:
         return None

@@ -138,7 +138,7 @@ def test_the_images_of_a_weight_file_are_those_of_its_preprocessing_file(
 ) -> None:
     assert sslcli.load(small_file, backbone="small width=8").image_size == 224
     stated = {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "center_crop": 48}
-    (small_file.parent / "preprocessing.json").write_text(json.dumps(stated))
+    (small_file.parent / "a.pt.preprocessing.json").write_text(json.dumps(stated))
     net = sslcli.load(small_file, backbone="small width=8")
     assert (net.image_size, net.transform.image_size) == (48, 48)
     images, printed = torch.rand(2, 3, 48, 48), capsys.readouterr().out

@@ -50,19 +50,24 @@ def test_a_file_in_an_exported_folder_has_the_normalization_of_the_run(trained: 
     source = open_weights(str(folder / "model.safetensors"), trust=[])
     assert (source.mean, source.std) == ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0])  # SimCLR does not normalize
     assert source.image_size == 32
+    (folder / "model.safetensors").rename(folder / "other.safetensors")  # not a file of ssl-export
+    assert open_weights(str(folder / "other.safetensors"), trust=[]).mean is None
+    (folder / "other.safetensors").rename(folder / "model.safetensors")
     (folder / "preprocessing.json").write_text('{"mean": [0.5]}')
     with pytest.raises(ConfigError, match=r"preprocessing\.json is damaged .* export the run again"):
         open_weights(str(folder / "model.safetensors"), trust=[])
 
 
-def test_a_preprocessing_file_beside_any_file_is_used(tmp_path: Path) -> None:
-    torch.save(Small(image_size=32).state_dict(), tmp_path / "a.pt")
+@pytest.mark.parametrize(("name", "mean"), [("a.pt", [0.25]), ("model.safetensors", [0.5])])
+def test_the_preprocessing_file_of_a_file_is_used(name: str, mean: list[float], tmp_path: Path) -> None:
+    torch.save(Small(image_size=32).state_dict(), tmp_path / name)
     (tmp_path / "preprocessing.json").write_text('{"mean": [0.5], "std": [1], "center_crop": 48, "other": null}')
-    source = open_weights(str(tmp_path / "a.pt"), trust=[])
-    assert (source.mean, source.std, source.image_size) == ([0.5], [1], 48)
-    (tmp_path / "a.pt.preprocessing.json").write_text('{"mean": [0.25], "std": [1]}')  # of this file alone
-    source = open_weights(str(tmp_path / "a.pt"), trust=[])
-    assert (source.mean, source.image_size) == ([0.25], None)
+    (tmp_path / "a.pt.preprocessing.json").write_text('{"mean": [0.25], "std": [1], "center_crop": 48}')
+    source = open_weights(str(tmp_path / name), trust=[])
+    assert (source.mean, source.std, source.image_size) == (mean, [1], 48)
+    (tmp_path / f"{name}.preprocessing.json").write_text('{"mean": [0.125], "std": [1]}')  # of this file alone
+    source = open_weights(str(tmp_path / name), trust=[])
+    assert (source.mean, source.image_size) == ([0.125], None)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +85,9 @@ def test_a_preprocessing_file_beside_any_file_is_used(tmp_path: Path) -> None:
 )
 def test_a_wrong_preprocessing_file_is_refused_with_its_name(content: str, message: str, tmp_path: Path) -> None:
     torch.save(Small(image_size=32).state_dict(), tmp_path / "a.pt")
-    (tmp_path / "preprocessing.json").write_text(content)
-    with pytest.raises(ConfigError, match=rf"/preprocessing\.json is damaged .*{message}.*: correct it") as error:
+    (tmp_path / "a.pt.preprocessing.json").write_text(content)
+    with pytest.raises(
+        ConfigError, match=rf"/a\.pt\.preprocessing\.json is damaged .*{message}.*: correct it"
+    ) as error:
         open_weights(str(tmp_path / "a.pt"), trust=[])
     assert "\n" not in str(error.value)
