@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from sslcli import __version__
+from sslcli.config.backbone_choice import UNKNOWN_SIZE
 from sslcli.config.run_config import NetworkConfig
 from sslcli.data.bad_images import BadImage
 from sslcli.data.loader import plain_batches
@@ -27,7 +28,7 @@ from sslcli.evaluation.features import encode_batch
 from sslcli.methods.base import Method
 from sslcli.nn.modes import evaluating
 from sslcli.report.console import Screen
-from sslcli.runs.encoder import UNKNOWN_SIZE, pixel_format_of, subject_of
+from sslcli.runs.encoder import pixel_format_of, subject_of
 from sslcli.runs.evaluate import check_images_fit, report_other_images
 from sslcli.runs.evaluation import PATH_KEYS
 from sslcli.runs.result_name import dataset_facts

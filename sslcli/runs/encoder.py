@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from yaml import YAMLError
 
 from sslcli.config.annotations import fits, words
-from sslcli.config.backbone_choice import UNKNOWN_SIZE as UNKNOWN_SIZE
-from sslcli.config.backbone_choice import backbone_node
+from sslcli.config.backbone_choice import UNKNOWN_SIZE, backbone_node
 from sslcli.config.channels import DEFAULTS
 from sslcli.config.paths import SOURCES_OF_WEIGHTS
 from sslcli.config.run_config import NetworkConfig
@@ -329,11 +328,9 @@ def subject_of(config: NetworkConfig, device: torch.device) -> Subject:
     in_node = (config.backbone or {}).get("image_size")
     size = own_size or weights.image_size or (in_node if isinstance(in_node, int) else None) or UNKNOWN_SIZE
     weights = replace(weights, mean=mean, std=std)
-    subject = subject_of_file(config, weights, device, image_size=size, mean=mean, std=std)
-    messages = subject.messages
-    if stated:
-        messages = [message.replace("dataset.mean and dataset.std", "mean and std") for message in messages]
-    return replace(subject, image_size=size, messages=messages)
+    settings = "mean and std" if stated else "dataset.mean and dataset.std"
+    subject = subject_of_file(config, weights, device, image_size=size, mean=mean, std=std, settings=settings)
+    return replace(subject, image_size=size)
 
 
 def pixel_format_of(subject: Subject) -> PixelFormat:

@@ -226,11 +226,13 @@ def subject_of_file(
     image_size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    settings: str = "dataset.mean and dataset.std",
 ) -> Subject:
     """Return the network of a weight file or of timm, for images that need not be those of pre-training.
 
     If the source does not state them, `image_size`, in pixels, and `mean` and `std`, one value per channel, describe
-    its images. Values of `mean` and `std` on the command line precede those of timm.
+    its images. Values of `mean` and `std` on the command line precede those of timm. `settings` names the settings of
+    the user that change these values, for a message.
     """
     exported, trust = weights.exported, config.trust
     build_net, facts = _network_builder(config, weights, device)
@@ -255,7 +257,7 @@ def subject_of_file(
     if not exported:
         messages.append(
             f"images are normalized with mean {list(mean)} and std {list(std)}: if the weights were trained with other "
-            "values, set dataset.mean and dataset.std"
+            f"values, set {settings}"
         )
     requested = exported["precision"] if exported and config.precision == "auto" else config.precision
     return Subject(
