@@ -116,7 +116,8 @@ def test_losses_in_single_precision_are_those_of_one_process(pair: Pair) -> None
 
 
 def test_blocks_in_bfloat16_train_nearly_alike(pair: Pair) -> None:
-    plan = Plan(method="regression", dtype=torch.float32)
+    # LARS, since AdamW's first update is the sign of each gradient: a rounding error turns those near zero around
+    plan = Plan(method="regression", dtype=torch.float32, optimizer="lars")
     (losses, state), _ = pair.run(trained, replace(plan, precision="bf16"))
     torch.testing.assert_close(losses, trained(plan)[0], rtol=0.01, atol=0)
     assert {value.dtype for value in state.values() if value.is_floating_point()} == {torch.float32}
