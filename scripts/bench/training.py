@@ -19,6 +19,11 @@ from workload import BATCH, CPU, METHODS, SIZE, cifar_resnet18, random_views
 
 def sslcli_step(method: str, precision: str) -> Result:
     """Time a step of sslcli's training loop: forward, backward, optimizer, momentum encoder and queue."""
+    return timed(build_sslcli_step(method, precision), images=BATCH, warmup=1)
+
+
+def build_sslcli_step(method: str, precision: str, *, bn_group: int | None = BATCH) -> Callable[[], None]:
+    """Return the training step of sslcli. `bn_group` is the setting of MoCo v2."""
     from sslcli.backbones.resnet import ResNet
     from sslcli.engine import precision as formats
     from sslcli.methods.base import Batch
@@ -31,7 +36,7 @@ def sslcli_step(method: str, precision: str) -> Result:
     keep_freed_memory()
     built = {
         "simclr": lambda net: SimCLR(net, hidden=512),
-        "moco_v2": lambda net: MoCo(net, queue_size=4096, mlp_head=True, bn_group=BATCH),
+        "moco_v2": lambda net: MoCo(net, queue_size=4096, mlp_head=True, bn_group=bn_group),
         "byol": lambda net: BYOL(net, hidden=1024),
     }[method](ResNet("resnet18", image_size=SIZE))
     built = accelerate(built).train()
@@ -48,7 +53,7 @@ def sslcli_step(method: str, precision: str) -> Result:
         optimizer.zero_grad(set_to_none=True)
         built.after_step(0.5)
 
-    return timed(step, images=BATCH, warmup=1)
+    return step
 
 
 def lightly_step(method: str, *, best: bool) -> Result:
