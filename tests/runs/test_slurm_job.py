@@ -46,6 +46,15 @@ def test_the_same_command_again_says_that_the_job_is_there(site: Site) -> None:
     assert out.startswith("job 41 is RUNNING for this run already\n")
 
 
+def test_initial_weights_that_are_missing_on_this_machine_are_warned_about(site: Site) -> None:
+    code, _, err = site.train(*LINE, "init=absent.pt")
+    assert (code, site.submissions) == (0, 1)
+    assert err == (
+        f"warning: init is {site.path}/absent.pt, but it does not exist on this machine: the job fails unless its "
+        "nodes have it\n"
+    )
+
+
 @pytest.mark.parametrize(
     "answer",
     ["echo FAILED $PWD/run/slurm/job.sbatch", "echo RUNNING /another/job.sbatch", "echo Invalid job id >&2; exit 1"],

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -49,6 +50,19 @@ def submit(folder: Path, script: str, config: dict[str, Any], *, name: str = CON
         order = "" if after is None else f", starts after job {after}"
         history.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} job {job} submitted{order}\n")
     return job
+
+
+def warn_if_missing(setting: str, spec: str | None) -> None:
+    """Print a warning if `spec` (FILE, run:DIR or timm:NAME, or None) is a file or directory that does not exist here.
+
+    It is no error, because the nodes of the job may have file systems that this machine does not have. `setting` is the
+    key of `spec`.
+    """
+    if spec is not None and not spec.startswith("timm:") and not os.path.exists(spec.removeprefix("run:")):
+        warnings.warn(
+            f"{setting} is {spec}, but it does not exist on this machine: the job fails unless its nodes have it",
+            stacklevel=2,
+        )
 
 
 def print_job(job: str, folder: Path, *, of: Path) -> None:

@@ -49,3 +49,17 @@ def test_a_wrong_endpoint_is_refused(text: str) -> None:
     job.check_endpoint("node1:29500")
     with pytest.raises(ConfigError, match=r"it must be HOST:PORT"):
         job.check_endpoint(text)
+
+
+@pytest.mark.parametrize("spec", ["absent.pt", "run:absent"])
+def test_weights_that_do_not_exist_here_are_warned_about(spec: str) -> None:
+    with pytest.warns(UserWarning, match=f"^teacher is {spec}, but it does not exist on this machine"):
+        job.warn_if_missing("teacher", spec)
+
+
+def test_weights_that_exist_or_need_no_file_are_not_warned_about(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    for spec in (None, "timm:vit_tiny_patch16_224", f"run:{tmp_path}", str(tmp_path)):
+        job.warn_if_missing("init", spec)
+    assert not recwarn.list
