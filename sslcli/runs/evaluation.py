@@ -24,7 +24,8 @@ from sslcli.data.sources.base import Source
 from sslcli.distributed import collectives, processes, shared_work, watchdog
 from sslcli.errors import ConfigError, TrainingFailed, is_disk_failure
 from sslcli.evaluation import layers
-from sslcli.evaluation.features import FeatureSet, cached, from_bank, pixels
+from sslcli.evaluation.feature_cache import cached
+from sslcli.evaluation.features import FeatureSet, from_bank, pixels
 from sslcli.evaluation.online import collect
 from sslcli.evaluation.task import Start, Task
 from sslcli.evaluation.variants import join_parts
