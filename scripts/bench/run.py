@@ -51,7 +51,7 @@ TASKS = [
     *(Task("training.py", method, ALL_STEP_VARIANTS, ("images_per_s", "peak_mb")) for method in METHODS),
     *(
         Task("vision_transformer.py", method, ("sslcli", "plain loop", "plain loop best"), ("images_per_s", "peak_mb"))
-        for method in ("mae", "simmim", "ijepa", "ibot")
+        for method in ("mae", "simmim", "ijepa", "ibot", "dinov2")
     ),
     Task(
         "vision_transformer.py",

@@ -1,10 +1,10 @@
 """Benchmark of one training step of the methods with vision transformers: ViT-Tiny, 4 x 4 pixels per patch, 32 px.
 
 The plain loops have the structure of the official code (facebookresearch/mae, microsoft/SimMIM, facebookresearch/ijepa,
-facebookresearch/dino, bytedance/ibot), with the transformer of timm. They get masks that were drawn before the
-measurement; sslcli draws its masks in the step. `best` adds bfloat16 if the processor supports it natively, attention
-as two matrix products, which is then faster, and an allocator that keeps freed memory. `dino/view by view` is sslcli
-with one call of the backbone per view.
+facebookresearch/dino, bytedance/ibot, facebookresearch/dinov2), with the transformer of timm. They get masks that were
+drawn before the measurement; sslcli draws its masks in the step. `best` adds bfloat16 if the processor supports it
+natively, attention as two matrix products, which is then faster, and an allocator that keeps freed memory.
+`dino/view by view` is sslcli with one call of the backbone per view.
 
 With ONE_CORE=1, the CPU time of one thread is measured, which is also valid if the machine has other load.
 """
@@ -26,7 +26,7 @@ from workload import CPU
 
 BATCH, SIZE, SMALL, PATCH, WIDTH = 32, 32, 16, 4, 192
 GRID = SIZE // PATCH
-NUM_VIEWS = {"mae": 1, "simmim": 1, "ijepa": 1, "dino": 6, "ibot": 6}
+NUM_VIEWS = {"mae": 1, "simmim": 1, "ijepa": 1, "dino": 6, "ibot": 6, "dinov2": 6}
 PROTOTYPES = 1024
 CLOCK = time.process_time if "ONE_CORE" in os.environ else time.perf_counter
 Step = Callable[[list[Tensor]], Tensor]
@@ -43,6 +43,7 @@ def sslcli_step(method: str, *, grouped: bool = True) -> Result:
     from sslcli.engine import precision
     from sslcli.methods import dino
     from sslcli.methods.base import Batch
+    from sslcli.methods.dinov2 import DINOv2
     from sslcli.methods.ibot import IBOT
     from sslcli.methods.ijepa import IJEPA
     from sslcli.methods.mae import MAE
@@ -59,6 +60,7 @@ def sslcli_step(method: str, *, grouped: bool = True) -> Result:
         "ijepa": lambda: IJEPA(net, image_size=SIZE, predictor_dim=96, predictor_depth=4, predictor_heads=3),
         "dino": lambda: dino.DINO(net, **heads),
         "ibot": lambda: IBOT(net, image_size=SIZE, **heads),
+        "dinov2": lambda: DINOv2(net, image_size=SIZE, **heads),
     }[method]()
     if not grouped:
         dino.forward_by_size = lambda backbone, views: torch.cat([backbone(view) for view in views])
@@ -267,7 +269,61 @@ def plain_ibot() -> tuple[nn.Module, nn.Module, Step]:
     return student, nn.ModuleList([teacher_net, teacher_head]), loss
 
 
-PLAIN = {"mae": plain_mae, "simmim": plain_simmim, "ijepa": plain_ijepa, "dino": plain_dino, "ibot": plain_ibot}
+def assigned(logits: Tensor) -> Tensor:
+    """Return the Sinkhorn-Knopp assignments of logits (n, K), with three iterations."""
+    q = torch.exp(logits.float() / 0.07).T
+    q /= q.sum()
+    for _ in range(3):
+        q /= q.sum(1, keepdim=True) * q.shape[0]
+        q /= q.sum(0, keepdim=True) * q.shape[1]
+    return (q * q.shape[1]).T
+
+
+def plain_dinov2() -> tuple[nn.Module, nn.Module, Step]:
+    """Return the networks and the loss of DINOv2: iBOT with Sinkhorn-Knopp and KoLeo; the heads get masked patches."""
+    net, head, teacher_net, teacher_head = self_distillation()
+    token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+    mask = torch.zeros(2 * BATCH, GRID * GRID)
+    mask[::2] = (torch.rand(BATCH, GRID * GRID) < 0.3).float()
+    masked = mask.flatten().nonzero().flatten()
+    weight = (mask / mask.sum(1, keepdim=True).clamp(min=1)).flatten()[masked]
+
+    def encoded(network: nn.Module, images: Tensor, hidden: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = network.norm(network.blocks(embedded(network, images, hidden, token)))
+        return x[:, 0], x[:, 1:].flatten(0, 1)[masked]
+
+    def koleo(tokens: Tensor) -> Tensor:
+        tokens = F.normalize(tokens.float(), dim=-1)
+        similarity = tokens @ tokens.T
+        similarity.detach().fill_diagonal_(-1)
+        return -torch.log(F.pairwise_distance(tokens, tokens[similarity.argmax(1)]) + 1e-8).mean()
+
+    def loss(views: list[Tensor]) -> Tensor:
+        with torch.no_grad():
+            whole, patches = encoded(teacher_net, torch.cat(views[:2]))
+            targets = assigned(teacher_head(whole)).chunk(2)
+            patch_target = assigned(teacher_head(patches))
+        tokens, patches = encoded(net, torch.cat(views[:2]), mask)
+        class_tokens = torch.cat([tokens, net(torch.cat(views[2:]))])
+        logits = head(torch.cat([class_tokens, patches])).float() / 0.1
+        parts = logits[: len(class_tokens)].log_softmax(-1).chunk(len(views))
+        pairs = [-(q * p).sum(-1).mean() for i, q in enumerate(targets) for j, p in enumerate(parts) if i != j]
+        each = -(patch_target * logits[len(class_tokens) :].log_softmax(-1)).sum(-1)
+        spread = sum(koleo(view) for view in tokens.chunk(2))
+        return torch.stack(pairs).mean() + (each * weight).sum() / len(mask) + 0.1 * spread
+
+    student = nn.ModuleList([net, head, nn.ParameterList([token])])
+    return student, nn.ModuleList([teacher_net, teacher_head]), loss
+
+
+PLAIN = {
+    "mae": plain_mae,
+    "simmim": plain_simmim,
+    "ijepa": plain_ijepa,
+    "dino": plain_dino,
+    "ibot": plain_ibot,
+    "dinov2": plain_dinov2,
+}
 
 if __name__ == "__main__":
     if "ONE_CORE" in os.environ:

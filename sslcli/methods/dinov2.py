@@ -21,7 +21,7 @@ from sslcli.methods.base import GroupOptions, num_features
 from sslcli.methods.dino import NUM_GLOBAL
 from sslcli.methods.ibot import IBOT
 from sslcli.nn.ema import ema_update, frozen_copy
-from sslcli.nn.masks import BLOCKS, block_mask, spread_ratios
+from sslcli.nn.masks import BLOCKS, block_mask, spread_limit, spread_ratios
 from sslcli.nn.modes import full_precision
 from sslcli.nn.prototype_head import PrototypeHead
 from sslcli.nn.schedule import linear
@@ -189,7 +189,19 @@ class DINOv2(IBOT):
         num_patches = self.grid[0] * self.grid[1]
         targets = (ratios * num_patches).floor()
         mask = block_mask(blocks, targets, self.grid, smallest=4, largest=num_patches / 2)
+        mask &= mask.flatten().cumsum(0).view(mask.shape) <= self.most_masked(size)  # as good as never False
         return mask.view(count, NUM_GLOBAL, -1).transpose(0, 1)  # the views of an image have neighboring numbers
+
+    def most_masked(self, num_views: int) -> int:
+        """Return the largest number of masked patches in the `num_views` global views of this process."""
+        low, high = self.mask_range
+        patches = self.grid[0] * self.grid[1]
+        return spread_limit(num_views, patches, low=low, high=high, fraction=self.mask_fraction)
+
+    def places(self, mask: Tensor) -> Tensor:
+        """Return the rows (M,) of the masked patches, and of as many others as are needed for a constant M."""
+        masked_first = mask.flatten().to(torch.uint8).argsort(descending=True, stable=True)
+        return masked_first[: max(1, self.most_masked(mask[..., 0].numel()))]
 
     def student_logits(self, class_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.patch_head is None:
@@ -200,8 +212,7 @@ class DINOv2(IBOT):
     def teacher_head_logits(self, class_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
         if self.teacher_patch_head is None:
             return super().teacher_head_logits(class_tokens, patches)
-        logits = self.teacher_patch_head(patches.flatten(0, 1)).unflatten(0, patches.shape[:2])
-        return full_precision(self.teacher_head(class_tokens)), full_precision(logits)
+        return full_precision(self.teacher_head(class_tokens)), full_precision(self.teacher_patch_head(patches))
 
     @torch.no_grad()
     def after_step(self, progress: float) -> None:
@@ -215,17 +226,15 @@ class DINOv2(IBOT):
         rows = sinkhorn(teacher.flatten(0, 1), temperature=self.current_teacher_temperature)
         return rows.view(teacher.shape)
 
-    def patch_target(self, teacher: Tensor, mask: Tensor) -> Tensor:
+    def patch_target(self, teacher: Tensor, masked: Tensor) -> Tensor:
         if not self.uses_sinkhorn:
-            return super().patch_target(teacher, mask)
-        temperature = self.current_patch_teacher_temperature
-        rows = sinkhorn(teacher.flatten(0, 2), temperature=temperature, counted=mask.flatten())
-        return rows.view(teacher.shape)
+            return super().patch_target(teacher, masked)
+        return sinkhorn(teacher, temperature=self.current_patch_teacher_temperature, counted=masked)
 
-    def mean_patch(self, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Return the mean of the teacher's logits of masked patches over all processes: (2, N, P, K) -> (K,)."""
-        weight = mask.to(teacher.dtype)[..., None]
-        total = all_reduce_mean(torch.cat([(teacher * weight).sum((0, 1, 2)), weight.sum()[None]]))
+    def mean_patch(self, teacher: Tensor, masked: Tensor) -> Tensor:
+        """Return the mean of the teacher's logits of masked patches over all processes: (M, K) -> (K,)."""
+        weight = masked.to(teacher.dtype)[:, None]
+        total = all_reduce_mean(torch.cat([(teacher * weight).sum(0), weight.sum()[None]]))
         return total[:-1] / total[-1].clamp(min=1e-12)
 
     def further_terms(self, class_tokens: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,8 @@ Zhou et al. 2022  https://arxiv.org/abs/2111.07832   conf/method/ibot.yaml
 
 Official code: main_ibot.py, loader.py and models/head.py of bytedance/ibot.
 
-Shapes: V views, N images per process, P patches of a global view, K prototypes.
+Shapes: V views, N images per process, P patches of a global view, M patches that the heads compute, K prototypes, D
+width.
 """
 
 from __future__ import annotations
@@ -26,18 +27,32 @@ from sslcli.nn.modes import full_precision
 from sslcli.nn.noise import Noise
 
 
-def cross_entropy_of_patches(student: Tensor, target: Tensor, mask: Tensor, *, temperature: float) -> Tensor:
-    """Return the mean cross-entropy of the masked patches of each image, averaged over images and views (eq. 2).
+def patch_weights(mask: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the weight of each patch in the loss, (2 N P,), for a mask (2, N, P) bool of both global views.
+
+    The loss is the mean over images and views of the mean over the masked patches (eq. 2). A view without masked
+    patches counts as 0.
+    """
+    weight = mask.to(dtype)
+    return (weight / weight.sum(2, keepdim=True).clamp(min=1) / mask[..., 0].numel()).flatten()
+
+
+def cross_entropy_of_patches(student: Tensor, target: Tensor, weight: Tensor, *, temperature: float) -> Tensor:
+    """Return the sum of the cross-entropies of M patches, each multiplied by its weight.
 
     Args:
-        student: (2, N, P, K), logits of the patches of both global views.
-        target: (2, N, P, K), probabilities of the same patches without gradient.
-        mask: (2, N, P) bool, True for masked patches. A view without masked patches counts as 0.
+        student: (M, K), logits of the patches.
+        target: (M, K), probabilities of the same patches without gradient.
+        weight: (M,), see `patch_weights`.
         temperature: divisor of the student's logits.
     """
-    each = -(target * F.log_softmax(student / temperature, dim=3)).sum(3)
-    weight = mask.to(each.dtype)
-    return ((each * weight).sum(2) / weight.sum(2).clamp(min=1)).mean()
+    return -(weight * (target * F.log_softmax(student / temperature, dim=1)).sum(1)).sum()
+
+
+def rows_of(patches: Tensor, places: Tensor | None) -> Tensor:
+    """Return the patches (2N, P, D) at `places` (M,) int64 in the order of their rows, as (M, D). None = all."""
+    rows = patches.flatten(0, 1)
+    return rows if places is None else rows.index_select(0, places)
 
 
 class IBOT(DINO):
@@ -137,21 +152,23 @@ class IBOT(DINO):
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         views, count = batch.views, len(batch.views[0])
         mask = self.draw_masks(count, views[0].device)  # (2, N, P)
-        teacher_class, teacher_patches = self.teacher_tokens(views)
+        places = self.places(mask)  # (M,) or None; below, M = 2 N P if it is None
+        teacher_class, teacher_patches = self.teacher_tokens(views, places)
         tokens, _ = self.backbone.tokens(
             torch.cat(views[:NUM_GLOBAL]), mask=mask.flatten(0, 1), mask_token=self.mask_token
         )
-        patches = tokens[:, self.backbone.num_prefix_tokens :]  # (2N, P, D)
+        patches = rows_of(tokens[:, self.backbone.num_prefix_tokens :], places)  # (M, D)
         class_tokens = torch.cat([tokens[:, 0], *self.local_class_tokens(views)])  # (V N, D)
-        bottleneck, student_class, student_patches = self.student_logits(class_tokens, patches.flatten(0, 1))
+        bottleneck, student_class, student_patches = self.student_logits(class_tokens, patches)
         student_class = student_class.view(len(views), count, -1)  # (V, N, K)
-        student_patches = student_patches.view(*mask.shape, -1)  # (2, N, P, K)
-        target, patch_target = self.class_target(teacher_class), self.patch_target(teacher_patches, mask)
+        weight = patch_weights(mask, student_patches.dtype)
+        weight = weight if places is None else weight.index_select(0, places)  # (M,)
+        target, patch_target = self.class_target(teacher_class), self.patch_target(teacher_patches, weight > 0)
         self.embeddings = tuple(bottleneck.detach()[: NUM_GLOBAL * count].chunk(NUM_GLOBAL))
         self.new_centers.append(all_reduce_mean(teacher_class.mean((0, 1))))
-        self.new_patch_centers.append(self.mean_patch(teacher_patches, mask))
+        self.new_patch_centers.append(self.mean_patch(teacher_patches, weight > 0))
         whole = cross_entropy_of_views(student_class, target, temperature=self.temperature)
-        parts = cross_entropy_of_patches(student_patches, patch_target, mask, temperature=self.temperature)
+        parts = cross_entropy_of_patches(student_patches, patch_target, weight, temperature=self.temperature)
         further = self.further_terms(tokens[:, 0].view(NUM_GLOBAL, count, -1))
         self.assignments = summarize(target)
         entropy = self.assignments.entropy
@@ -164,6 +181,13 @@ class IBOT(DINO):
             "teacher_entropy": entropy,
             "divergence": whole.detach() - entropy,
         }
+
+    def places(self, mask: Tensor) -> Tensor | None:
+        """Return the rows (M,) int64 among the 2 N P patches that the heads compute, or None for all patches.
+
+        `mask` is (2, N, P) bool. M must be the same in every step: shapes must not depend on data on the device.
+        """
+        return None
 
     def student_logits(self, class_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the bottleneck of the class tokens, and the logits of class tokens and patches in full precision.
@@ -178,13 +202,13 @@ class IBOT(DINO):
         """Return the target probabilities of class tokens: logits (2, N, K) -> (2, N, K)."""
         return centered(teacher, self.center, self.current_teacher_temperature)
 
-    def patch_target(self, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Return the target probabilities of patches: logits (2, N, P, K) -> (2, N, P, K). `mask` is (2, N, P) bool."""
+    def patch_target(self, teacher: Tensor, masked: Tensor) -> Tensor:
+        """Return the target probabilities of patches: logits (M, K) -> (M, K). `masked` is (M,) bool."""
         return centered(teacher, self.patch_center, self.current_patch_teacher_temperature)
 
-    def mean_patch(self, teacher: Tensor, mask: Tensor) -> Tensor:
-        """Return the mean of the teacher's logits of patches over all processes: (2, N, P, K) -> (K,)."""
-        return all_reduce_mean(teacher.mean((0, 1, 2)))
+    def mean_patch(self, teacher: Tensor, masked: Tensor) -> Tensor:
+        """Return the mean of the teacher's logits of patches over all processes: (M, K) -> (K,)."""
+        return all_reduce_mean(teacher.mean(0))
 
     def further_terms(self, class_tokens: Tensor) -> dict[str, Tensor]:
         """Return weighted terms that are added to the loss, by name. `class_tokens` (2, N, D) are the student's."""
@@ -200,18 +224,17 @@ class IBOT(DINO):
         return mask.view(NUM_GLOBAL, count, -1)
 
     @torch.no_grad()
-    def teacher_tokens(self, views: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the teacher's logits of the global views: class tokens (2, N, K) and patches (2, N, P, K)."""
+    def teacher_tokens(self, views: list[Tensor], places: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the teacher's logits of the global views: class tokens (2, N, K) and patches at `places` (M, K)."""
         tokens, _ = self.teacher_backbone.tokens(torch.cat(views[:NUM_GLOBAL]))
-        patches = tokens[:, self.teacher_backbone.num_prefix_tokens :]
+        patches = rows_of(tokens[:, self.teacher_backbone.num_prefix_tokens :], places)
         whole, parts = self.teacher_head_logits(tokens[:, 0], patches)
-        return whole.view(NUM_GLOBAL, len(views[0]), -1), parts.view(NUM_GLOBAL, len(views[0]), *parts.shape[1:])
+        return whole.view(NUM_GLOBAL, len(views[0]), -1), parts
 
     def teacher_head_logits(self, class_tokens: Tensor, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the teacher's logits in full precision: (n, D) -> (n, K) and (n, P, D) -> (n, P, K)."""
-        rows = torch.cat([class_tokens[:, None], patches], dim=1)  # (n, 1 + P, D)
-        logits = full_precision(self.teacher_head(rows.flatten(0, 1))).view(*rows.shape[:2], -1)
-        return logits[:, 0], logits[:, 1:]
+        """Return the teacher's logits in full precision: (n, D) -> (n, K) and (M, D) -> (M, K)."""
+        logits = full_precision(self.teacher_head(torch.cat([class_tokens, patches])))
+        return logits[: len(class_tokens)], logits[len(class_tokens) :]
 
     def local_class_tokens(self, views: list[Tensor]) -> list[Tensor]:
         """Return the student's class tokens of the local views, [(V - 2) N, D] in a list, or [] without local views."""

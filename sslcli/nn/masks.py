@@ -232,6 +232,28 @@ def spread_ratios(
     return torch.where(places < num_masked, low + (places + numbers) * (high - low) / max(num_masked, 1), 0.0)
 
 
+def spread_limit(num_images: int, num_patches: int, *, low: float, high: float, fraction: float) -> int:
+    """Return the largest number of patches that `spread_ratios` masks on one process, without reading the device.
+
+    With one process, the ratios are known except for their order. With several processes, a random part of the masked
+    images is on this process. Then six standard deviations are added to the mean, which suffices with a probability of
+    about 1 - 1e-9.
+    """
+    total = num_images * world_size()
+    num_masked = int(fraction * total)
+    if num_masked == 0:
+        return 0
+    step = (high - low) / num_masked  # the largest ratios are low + step, low + 2 step, ...
+    own = min(num_images, num_masked)
+    most = own * low + step * own * (2 * num_masked - own + 1) / 2
+    if num_images < total:
+        mean = low + step * (num_masked + 1) / 2
+        square = low**2 + low * step * (num_masked + 1) + step**2 * (num_masked + 1) * (2 * num_masked + 1) / 6
+        mean, square = (number * num_masked / total for number in (mean, square))  # over all images
+        most = min(most, num_images * mean + 6 * math.sqrt(num_images * (square - mean**2)))
+    return int(most * num_patches + 1e-3 * own)  # the ratios are float32
+
+
 def take_patches(tokens: Tensor, indices: Tensor) -> Tensor:
     """Return the tokens (N, K, D) at `indices` (N, K) int64 of `tokens` (N, P, D).
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from sslcli.distributed.collectives import all_gather
 
+FLOOR = -1e30  # instead of minus infinity, the logarithm of the sum of a column in which no row counts
+
 
 @torch.no_grad()
 def sinkhorn(
@@ -19,8 +21,8 @@ def sinkhorn(
 ) -> Tensor:
     """Return the assignment probabilities (N, K) of the rows of `logits` (N, K), in float32 or float64.
 
-    `counted` (N,) bool: only the rows with True count in the sums of the columns, at least one over all processes. None
-    = all rows.
+    `counted` (N,) bool: only the rows with True count in the sums of the columns. None = all rows. If no row of any
+    process counts, the result has no meaning, but is finite.
 
     Starting from exp(logits / temperature), each iteration scales the columns to equal sums over the images of all
     processes, and then the rows to the sum 1. With few iterations, the columns are only nearly equal; the rows always
@@ -33,6 +35,6 @@ def sinkhorn(
     for _ in range(iterations):
         rows = scores if counted is None else scores.masked_fill(~counted[:, None], -torch.inf)
         of_process = torch.logsumexp(rows, dim=0, keepdim=True)  # (1, K)
-        scores = scores - torch.logsumexp(all_gather(of_process), dim=0)
+        scores = scores - torch.logsumexp(all_gather(of_process), dim=0).clamp(min=FLOOR)
         scores = scores - torch.logsumexp(scores, dim=1, keepdim=True)
     return scores.exp()

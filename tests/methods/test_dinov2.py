@@ -13,7 +13,7 @@ from sslcli.engine.optim import parameter_groups
 from sslcli.methods.base import Batch
 from sslcli.methods.dino import DINO, cross_entropy_of_views
 from sslcli.methods.dinov2 import DINOv2, koleo, lr_multiplier
-from sslcli.methods.ibot import cross_entropy_of_patches
+from sslcli.methods.ibot import cross_entropy_of_patches, patch_weights
 from tiny import mine, multi_crop_batch, vit
 
 
@@ -46,14 +46,18 @@ def test_losses_and_centers_equal_the_official_code(case: Case) -> None:
         whole = cross_entropy_of_views(student, target, temperature=temperature)
         of_globals = cross_entropy_of_views(student[:2], target, temperature=temperature) * 2 / (2 + 2 * locals_)
         koleo_term = method.further_terms(student[:2])["koleo"]
+        patches, masked = patches.flatten(0, 2), mask.flatten()
         parts = cross_entropy_of_patches(
-            student_patch.unflatten(0, (2, -1)), method.patch_target(patches, mask), mask, temperature=temperature
+            student_patch.flatten(0, 1),
+            method.patch_target(patches, masked),
+            patch_weights(mask, case.dtype),
+            temperature=temperature,
         )
         loss = params["dino_weight"] * whole + params["ibot_weight"] * parts + koleo_term
         loss.backward()
         if not sinkhorn:
             method.center.lerp_(teacher.mean((0, 1)), 1 - method.center_momentum)
-            method.patch_center.lerp_(method.mean_patch(patches, mask), 1 - method.patch_center_momentum)
+            method.patch_center.lerp_(method.mean_patch(patches, masked), 1 - method.patch_center_momentum)
         values = {"loss": loss, "dino_local": whole - of_globals, "dino_global": of_globals, "koleo": koleo_term}
         values |= {"ibot": parts, "center": method.center.clone(), "center_patch": method.patch_center.clone()}
         for name, tensor in zip(("student_cls", "student_local", "student_patch"), inputs, strict=True):
@@ -120,6 +124,45 @@ def test_half_of_the_global_views_are_masked() -> None:
     assert masks.shape == (2, 50, 16)
     assert 40 <= int(masks.any(2).sum()) <= 50  # small targets leave a few of the 50 views without a block
     assert int(masks.sum(2).max()) <= 8
+
+
+def test_heads_compute_all_masked_patches_and_always_the_same_number() -> None:
+    method, rows = tiny_dinov2(), set()
+    for _ in range(20):
+        masks = method.draw_masks(50, torch.device("cpu"))
+        places = method.places(masks)
+        assert places.unique().numel() == len(places)
+        assert int(masks.flatten()[places].sum()) == int(masks.sum())
+        rows.add(len(places))
+    (number,) = rows
+    assert number <= 0.2 * masks.numel()  # half of the views, 0.3 of their patches
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn", "center"])
+def test_the_loss_does_not_depend_on_patches_that_are_not_masked(
+    monkeypatch: pytest.MonkeyPatch, centering: str
+) -> None:
+    batch, found = multi_crop_batch(dtype=torch.float64), []
+    for every_patch in (False, True):
+        torch.manual_seed(0)
+        method = tiny_dinov2(centering=centering).double()
+        if every_patch:
+            monkeypatch.setattr(method, "places", lambda mask: None)
+        loss = method(batch)["loss"]
+        loss.backward()
+        method.after_step(0.0)
+        found.append((loss, method.patch_center, [p.grad for p in method.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("centering", ["sinkhorn", "center"])
+def test_a_batch_without_masked_patches_has_a_finite_loss(centering: str) -> None:
+    method = tiny_dinov2(mask_fraction=0.0, centering=centering)
+    scalars = method(multi_crop_batch())
+    scalars["loss"].backward()
+    assert scalars["loss"].isfinite()
+    assert float(scalars["patch_loss"].detach()) == 0.0
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
 
 def test_every_parameter_has_the_rate_of_its_layer() -> None:

@@ -12,7 +12,7 @@ from processes import Pair
 from sslcli.distributed.collectives import all_gather, rank
 from sslcli.methods.base import Batch
 from sslcli.methods.dino import DINO, centered, cross_entropy_of_views, teacher_temperature_at
-from sslcli.methods.ibot import IBOT, cross_entropy_of_patches
+from sslcli.methods.ibot import IBOT, cross_entropy_of_patches, patch_weights
 from tiny import TinyNet, mine, multi_crop_batch, vit
 
 
@@ -41,9 +41,9 @@ def test_losses_and_centers_equal_the_official_code(case: Case) -> None:
         target = centered(teacher, center, temperatures[0])
         whole = params["lambda1"] * cross_entropy_of_views(student, target, temperature=params["student_temp"])
         parts = params["lambda2"] * cross_entropy_of_patches(
-            student_patch.unflatten(0, (2, -1)),
-            centered(patches, patch_center, temperatures[1]),
-            mask,
+            student_patch.flatten(0, 1),
+            centered(patches, patch_center, temperatures[1]).flatten(0, 2),
+            patch_weights(mask, case.dtype),
             temperature=params["student_temp"],
         )
         (whole + parts).backward()
@@ -74,7 +74,8 @@ def test_without_masks_the_loss_is_that_of_dino() -> None:
 def test_patches_that_are_not_masked_get_no_gradient() -> None:
     student = torch.randn(2, 3, 5, 6, requires_grad=True)
     mask = torch.rand(2, 3, 5) < 0.5
-    cross_entropy_of_patches(student, torch.randn(2, 3, 5, 6).softmax(3), mask, temperature=0.1).backward()
+    target = torch.randn(30, 6).softmax(1)
+    cross_entropy_of_patches(student.flatten(0, 2), target, patch_weights(mask), temperature=0.1).backward()
     assert student.grad is not None
     assert not student.grad[~mask].any()
     assert student.grad[mask].any(1).all()
@@ -82,7 +83,8 @@ def test_patches_that_are_not_masked_get_no_gradient() -> None:
 
 def test_equal_logits_cost_the_logarithm_of_the_prototypes_for_each_view_with_a_mask() -> None:
     mask = torch.tensor([[[True, False], [False, False]], [[True, True], [True, False]]])  # 3 of 4 views
-    loss = cross_entropy_of_patches(torch.zeros(2, 2, 2, 12), torch.full((2, 2, 2, 12), 1 / 12), mask, temperature=0.1)
+    logits, target = torch.zeros(8, 12), torch.full((8, 12), 1 / 12)
+    loss = cross_entropy_of_patches(logits, target, patch_weights(mask), temperature=0.1)
     assert float(loss) == pytest.approx(0.75 * math.log(12))
 
 
@@ -113,7 +115,7 @@ def test_both_centers_are_updated_after_the_loss() -> None:
     assert not method.center.any()
     method.after_step(0.0)
     torch.testing.assert_close(method.center, 0.1 * teacher.mean((0, 1)))
-    torch.testing.assert_close(method.patch_center, 0.1 * patches.mean((0, 1, 2)))
+    torch.testing.assert_close(method.patch_center, 0.1 * patches.mean(0))
 
 
 def losses_and_masks(batch: Batch) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:

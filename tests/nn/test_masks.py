@@ -19,6 +19,7 @@ from sslcli.nn.masks import (
     inverse_block_mask,
     multiblock_masks,
     random_mask,
+    spread_limit,
     spread_ratios,
     take_patches,
     with_exact_count,
@@ -244,6 +245,27 @@ def test_ratios_are_spread_evenly_over_the_global_batch() -> None:
     assert places.max() > 0.8
     assert not torch.equal(found, spread_ratios(Noise(), 40, low=0.1, high=0.5, fraction=0.5, device=CPU))
     assert not spread_ratios(Noise(), 3, low=0.1, high=0.5, fraction=0.0, device=CPU).any()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize(("low", "high"), [(0.1, 0.5), (0.25, 0.75)])
+@pytest.mark.parametrize("processes", [1, 8])
+def test_the_limit_of_spread_ratios_is_not_exceeded_and_is_tight(
+    monkeypatch: pytest.MonkeyPatch, fraction: float, low: float, high: float, processes: int
+) -> None:
+    generator, found = Noise(), []
+    options = {"low": low, "high": high, "fraction": fraction}
+    monkeypatch.setattr(noise, "world_size", lambda: processes)
+    monkeypatch.setattr(masks, "world_size", lambda: processes)
+    for _ in range(200):
+        ratios = spread_ratios(generator, 64, device=CPU, **options)
+        found.append(int((ratios * 256).floor().sum()))
+    limit = spread_limit(64, 256, **options)
+    assert max(found) <= limit
+    if processes == 1:  # a target is rounded down, and a ratio is anywhere in its part of the range
+        assert limit <= min(found) + 64 * fraction + (high - low) * 256
+    else:
+        assert limit <= 1.6 * max(found)
 
 
 def drawn(generator: Noise, images: int) -> list[Tensor]:

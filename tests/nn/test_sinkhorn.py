@@ -76,6 +76,17 @@ def test_large_scores_do_not_overflow(dtype: torch.dtype) -> None:
     torch.testing.assert_close(q.sum(1), torch.ones(64))
 
 
+def test_rows_that_do_not_count_change_no_other_row() -> None:
+    logits = cosines()
+    counted = torch.arange(64) % 3 == 0
+    q = sinkhorn(logits, temperature=0.05, counted=counted)
+    torch.testing.assert_close(q[counted], sinkhorn(logits[counted], temperature=0.05))
+
+
+def test_assignments_are_finite_if_no_row_counts() -> None:
+    assert sinkhorn(cosines(), temperature=0.05, counted=torch.zeros(64, dtype=torch.bool)).isfinite().all()
+
+
 def test_assignments_carry_no_gradient() -> None:
     assert not sinkhorn(cosines().requires_grad_(), temperature=0.05).requires_grad
 
