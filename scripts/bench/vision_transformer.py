@@ -28,6 +28,7 @@ BATCH, SIZE, SMALL, PATCH, WIDTH = 32, 32, 16, 4, 192
 GRID = SIZE // PATCH
 NUM_VIEWS = {"mae": 1, "simmim": 1, "ijepa": 1, "dino": 6, "ibot": 6, "dinov2": 6}
 PROTOTYPES = 1024
+CONTEXT = 14  # patches of the context of I-JEPA
 CLOCK = time.process_time if "ONE_CORE" in os.environ else time.perf_counter
 Step = Callable[[list[Tensor]], Tensor]
 
@@ -183,8 +184,9 @@ def plain_ijepa() -> tuple[nn.Module, nn.Module, Step]:
     teacher = copy.deepcopy(net)
     embed, blocks, predict = nn.Linear(WIDTH, dim), transformer(dim, 4, 3), nn.Linear(dim, WIDTH)
     token, positions = nn.Parameter(torch.zeros(1, 1, dim)), torch.rand(1, GRID * GRID, dim)
-    context = torch.rand(BATCH, GRID * GRID).argsort(1)[:, :24]
-    targets = [torch.rand(BATCH, GRID * GRID).argsort(1)[:, :9] for _ in range(4)]
+    # The mean sizes of the official masks for 8 x 8 patches and 32 images.
+    context = torch.rand(BATCH, GRID * GRID).argsort(1)[:, :CONTEXT]
+    targets = [torch.rand(BATCH, GRID * GRID).argsort(1)[:, :10] for _ in range(4)]
 
     def loss(views: list[Tensor]) -> Tensor:
         with torch.no_grad():
@@ -194,7 +196,7 @@ def plain_ijepa() -> tuple[nn.Module, nn.Module, Step]:
         z = net.norm(net.blocks(taken(embedded(net, views[0])[:, 1:], context)))
         x = embed(z) + taken(positions.repeat(BATCH, 1, 1), context)
         queries = torch.cat([taken(positions.repeat(BATCH, 1, 1), places) for places in targets]) + token
-        x = blocks(torch.cat([x.repeat(4, 1, 1), queries.to(x.dtype)], 1))[:, 24:]
+        x = blocks(torch.cat([x.repeat(4, 1, 1), queries.to(x.dtype)], 1))[:, CONTEXT:]
         return F.smooth_l1_loss(predict(x).float(), h.float())
 
     return nn.ModuleList([net, embed, blocks, predict, nn.ParameterList([token])]), teacher, loss
