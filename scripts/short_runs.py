@@ -106,7 +106,9 @@ OVERRIDES: dict[str, list[str]] = {
         *VIT8,
         *SMALL_HEAD,
         "method.momentum=0.99",
+        "method.teacher_temperature=0.04",  # 0.07 makes the targets of so few images nearly uniform
         "method.warmup_teacher_temperature_epochs=0",
+        "train.final_weight_decay=null",
     ],
     "cpc": [
         "method=cpc",
