@@ -20,6 +20,7 @@ from sslcli.nn.transformer import attend
 
 SHAPES = [(64, 4, 17, 32), (64, 4, 65, 32), (64, 3, 65, 64), (16, 6, 197, 64), (8, 6, 257, 64)]  # N, H, T, K
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+TASKS = {f"{name}_{'_'.join(map(str, shape))}": (shape, DTYPES[name]) for name in DTYPES for shape in SHAPES}
 CLOCK = time.process_time if "ONE_CORE" in os.environ else time.perf_counter
 
 
@@ -51,9 +52,8 @@ if __name__ == "__main__":
         torch.set_num_threads(1)
     run_benchmark(
         {
-            f"{dtype}_{'_'.join(map(str, shape))}/{name}": partial(attention, function, shape, DTYPES[dtype])
-            for dtype in DTYPES
-            for shape in SHAPES
+            f"{task}/{name}": partial(attention, function, *options)
+            for task, options in TASKS.items()
             for name, function in VARIANTS.items()
         }
     )

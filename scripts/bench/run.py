@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from attention import DTYPES, SHAPES
+from attention import TASKS as ATTENTION_TASKS
 from convolution import SIDES
 from measure import ALLOCATOR_ENV
 from workload import METHODS
@@ -60,11 +60,7 @@ TASKS = [
         ("images_per_s", "peak_mb"),
     ),
     *(Task("convolution.py", f"channels_{n}", ("sslcli", "torch"), ("ms",)) for n in SIDES),
-    *(
-        Task("attention.py", f"{dtype}_{'_'.join(map(str, shape))}", ("sslcli", "fused", "two products"), ("ms",))
-        for dtype in DTYPES
-        for shape in SHAPES
-    ),
+    *(Task("attention.py", name, ("sslcli", "fused", "two products"), ("ms",)) for name in ATTENTION_TASKS),
     *(
         Task("end_to_end.py", f"{method}_{net}", STEP_VARIANTS, ("images_per_s",))
         for net in ("resnet18", "small")

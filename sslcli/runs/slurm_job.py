@@ -43,7 +43,8 @@ def launch(config: RunConfig) -> int:
     if config.resume != "never" and directory.is_complete(run_dir, config.values):
         print_text(f"this run is finished already: {run_dir}")
         return 0
-    job.warn_if_missing("init", config.init)
+    if not checkpoint_names.all_of(run_dir):  # a run with a checkpoint resumes without init
+        job.warn_if_missing("init", config.init)
     job.warn_if_missing("teacher", config.teacher)
     try:
         job_id = submit_once(run_dir, config)

@@ -53,6 +53,10 @@ def test_initial_weights_that_are_missing_on_this_machine_are_warned_about(site:
         f"warning: init is {site.path}/absent.pt, but it does not exist on this machine: the job fails unless its "
         "nodes have it\n"
     )
+    (site.path / "run" / "checkpoints").mkdir()
+    (site.path / "run" / "checkpoints" / "step-000003.pt").touch()
+    site.write("squeue", "echo FAILED $PWD/run/slurm/job.sbatch")
+    assert site.train(*LINE, "init=absent.pt")[2] == ""  # a run with a checkpoint does not read init
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from sslcli.config.paths import SOURCES_OF_WEIGHTS
 from sslcli.config.slurm import SlurmSettings
 from sslcli.errors import EXIT_CONFIG, EXIT_INTERRUPTED, ConfigError, print_error, print_unexpected
 from sslcli.report.terminal import guard_terminal, print_text
@@ -58,7 +59,8 @@ def warn_if_missing(setting: str, spec: str | None) -> None:
     It is no error, because the nodes of the job may have file systems that this machine does not have. `setting` is the
     key of `spec`.
     """
-    if spec is not None and not spec.startswith("timm:") and not os.path.exists(spec.removeprefix("run:")):
+    run, timm = SOURCES_OF_WEIGHTS
+    if spec is not None and not spec.startswith(timm) and not os.path.exists(spec.removeprefix(run)):
         warnings.warn(
             f"{setting} is {spec}, but it does not exist on this machine: the job fails unless its nodes have it",
             stacklevel=2,
