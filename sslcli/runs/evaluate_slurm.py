@@ -41,7 +41,6 @@ def launch(values: dict[str, Any]) -> int:
     folder, evaluated = folder_of(values), Path(values["run"] or values["weights"])
     if values["run"] is not None and not any(map(checkpoint_names.all_of, (evaluated, *evaluated.glob("*/")))):
         raise ConfigError(f"{evaluated} is neither a run directory nor a directory of runs with checkpoints")
-    job.warn_if_missing("weights", values["weights"])
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
