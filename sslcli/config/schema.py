@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sslcli.config.annotations import fits, words
+from sslcli.config.checks import check_range
 from sslcli.config.folders import conf_folder
 from sslcli.config.messages import missing_message, unknown_message
 from sslcli.config.run_config import LAUNCHERS
@@ -26,7 +27,6 @@ from sslcli.config.settings import (
     RunSettings,
     SweepSettings,
     TrainSettings,
-    check_range,
 )
 from sslcli.config.signatures import METHOD_ARGUMENTS, OPTIMIZER_ARGUMENTS, parameters_of
 from sslcli.config.slurm import SlurmSettings

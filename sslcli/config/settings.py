@@ -6,11 +6,11 @@ The yaml files contain the default values, and the classes of this module valida
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sslcli.config.checks import check_checkpoint, check_choice, check_device, check_range, check_source, seconds
 from sslcli.errors import ConfigError, nearest
 
 LARGEST_SEED = 2**32 - 1
@@ -69,85 +69,6 @@ NEUTRAL = (
 # Keys with "auto" in the yaml files since version 0.3. Older runs stored the default of the settings class, so the two
 # values count as equal when settings are compared. A run that stored the default resumes with it.
 AUTO_KEYS = ("train.compile", "train.deterministic")
-
-
-def check_range(
-    name: str,
-    value: float | None,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    most: float | None = None,
-) -> None:
-    """Raise ConfigError unless `value` is None, or finite and > `above`, >= `least` and <= `most`.
-
-    A bound that is None is not checked. `name` is the key of the value, for the message.
-    """
-    if value is None:
-        return
-    if not math.isfinite(value):
-        raise ConfigError(f"{name} is {value}, but it must be a finite number")
-    if above is not None and not value > above:
-        raise ConfigError(f"{name} is {value}, but it must be greater than {above:g}")
-    if least is not None and not value >= least:
-        raise ConfigError(f"{name} is {value}, but it must be at least {least:g}")
-    if most is not None and not value <= most:
-        raise ConfigError(f"{name} is {value}, but it must be at most {most}")
-
-
-def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ConfigError unless `value` is one of `allowed`. `name` is the key of the value, for the message."""
-    if value not in allowed:
-        hint = nearest(value, allowed)
-        raise ConfigError(f"{name} is {value!r}, but it must be one of: {', '.join(allowed)}{hint and '.' + hint}")
-
-
-def check_device(device: str) -> None:
-    """Raise ConfigError unless the device name is auto, cpu, mps, cuda or cuda:N.
-
-    Another function checks later whether the device is available.
-    """
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise ConfigError(f"device is {device!r}, but it must be one of: auto, cpu, cuda, cuda:N (N = 0, 1, ...), mps")
-
-
-def check_checkpoint(checkpoint: str | int) -> None:
-    """Raise ConfigError unless `checkpoint` is "last" or a step, an integer of at least 0.
-
-    Another function checks later whether the checkpoint exists.
-    """
-    if isinstance(checkpoint, int):
-        check_range("checkpoint", checkpoint, least=0)
-    elif checkpoint != "last":
-        raise ConfigError(f"checkpoint is {checkpoint!r}, but it must be 'last' or the number of a step")
-
-
-def check_source(name: str, value: str | None, prefix: str | None) -> None:
-    """Raise ConfigError unless `value` is None, or FILE, run:DIR or timm:NAME, and `prefix` applies to it.
-
-    `name` is the key of the value, for the message. Another function checks later whether the file, the run or the
-    model exists.
-    """
-    if value is not None and value.removeprefix("run:").removeprefix("timm:") == "":
-        raise ConfigError(f"{name} is {value!r}, but it must be FILE, run:DIR or timm:NAME: add a path or a name")
-    if prefix is not None and (value is None or value.startswith("timm:")):
-        raise ConfigError(
-            f"{name}_prefix is {prefix!r} and {name} is {value!r}, but a prefix selects weights of a file or a run: "
-            f"set {name} to a file or to run:DIR, or remove {name}_prefix"
-        )
-
-
-def seconds(name: str, value: str | float | None) -> float | None:
-    """Convert a duration such as `90`, `"90s"`, `"10m"`, `"1.5h"` or `"2d"` to seconds. None is returned unchanged.
-
-    Raises ConfigError for other values. `name` is the key of the value, for the message.
-    """
-    if value is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smhd]?)\s*", str(value))
-    if not match:
-        raise ConfigError(f"{name} is {value!r}, but it must be a duration such as 90s, 10m, 1.5h or 2d")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from sslcli.config.settings import LauncherSettings, check_range, seconds
+from sslcli.config.checks import check_range, seconds
+from sslcli.config.settings import LauncherSettings
 from sslcli.errors import ConfigError
 
 LONGEST_WARNING = 65535  # maximum of launcher.stop_before in seconds, because sbatch --signal accepts no longer time

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sslcli.config.settings import EXTENSIONS, TrainSettings, check_choice
+from sslcli.config.checks import check_choice
+from sslcli.config.settings import EXTENSIONS, TrainSettings
 from sslcli.errors import ConfigError
 from sslcli.nn import schedule
 from sslcli.system.stored import mismatch

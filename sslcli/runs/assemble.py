@@ -11,8 +11,9 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
+from sslcli.config.checks import seconds
 from sslcli.config.run_config import RunConfig
-from sslcli.config.settings import MonitorSettings, TrainSettings, seconds
+from sslcli.config.settings import MonitorSettings, TrainSettings
 from sslcli.data.image_sizes import enlargement_warning
 from sslcli.data.loader import Loader, plain_batches
 from sslcli.data.resident import resident_bytes

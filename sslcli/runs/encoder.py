@@ -16,9 +16,9 @@ from yaml import YAMLError
 from sslcli.config.annotations import fits, words
 from sslcli.config.backbone_choice import UNKNOWN_SIZE, backbone_node
 from sslcli.config.channels import DEFAULTS
+from sslcli.config.checks import check_range
 from sslcli.config.paths import SOURCES_OF_WEIGHTS
 from sslcli.config.run_config import NetworkConfig
-from sslcli.config.settings import check_range
 from sslcli.data.crops import center_crop, to_uint8
 from sslcli.data.decode import open_file
 from sslcli.data.pixel_format import PixelFormat, pixel_format

@@ -1,8 +1,7 @@
-"""One process of a training run: setup, training, error messages and exit codes."""
+"""One process of a training run: setup, training and exit codes."""
 
 from __future__ import annotations
 
-import errno
 import gc
 import os
 import threading
@@ -20,14 +19,12 @@ from sslcli.config.own_dataset import FINGERPRINT
 from sslcli.config.run_config import RunConfig
 from sslcli.data import worker_server
 from sslcli.data.loader import Loader
-from sslcli.data.workers import worker_died_error
 from sslcli.distributed import collectives, devices, processes, watchdog
 from sslcli.engine import checkpoint, precision
 from sslcli.engine.loop import train
 from sslcli.engine.resume import resume
 from sslcli.engine.run import Run
 from sslcli.errors import (
-    DISK_ERRORS,
     EXIT_CONFIG,
     EXIT_FAILED,
     EXIT_STOPPED,
@@ -37,13 +34,11 @@ from sslcli.errors import (
     TrainingFailed,
     disk_failure,
     is_out_of_memory,
-    print_error,
     user_code,
 )
 from sslcli.report import pictures
 from sslcli.report.console import Screen, percent, show
 from sslcli.report.metrics import newest
-from sslcli.report.terminal import log_and_print
 from sslcli.runs import directory
 from sslcli.runs.agreement import check_agreement
 from sslcli.runs.assemble import (
@@ -59,11 +54,21 @@ from sslcli.runs.batch_size_search import configured, find_batch_size
 from sslcli.runs.build import build_optimizer
 from sslcli.runs.description import write_description
 from sslcli.runs.dry_run import dry_run, save_views
+from sslcli.runs.failures import (
+    WAIT,
+    LostContact,
+    deletion,
+    end_process,
+    end_stalled_process,
+    has_own_message,
+    ignore_disk_error,
+    with_message,
+)
 from sslcli.runs.image_changes import check_images
 from sslcli.runs.initial_weights import InitialWeights, check_start, initial_weights, record_of
 from sslcli.runs.length import phase_rows, planned_phases
 from sslcli.runs.moved_images import check_moved, earlier_moved, moved_row, possibly_moved
-from sslcli.runs.out_of_memory import explained, training_message
+from sslcli.runs.out_of_memory import explained
 from sslcli.runs.parts import Parts, build_parts
 from sslcli.runs.shorter_run import shorter_run_hint
 from sslcli.runs.teacher import check_teacher, teacher_row
@@ -71,36 +76,23 @@ from sslcli.runs.trial import Trial, freeze, trial, trial_warnings
 from sslcli.system import atomic
 from sslcli.system.memory import keep_freed_memory
 
-WAIT = 2.0  # seconds that ranks other than 0 wait before they print, see _end
-DEAD_WORKER = "DataLoader worker"  # text of the error that torch raises at any point if a data worker dies
-UNUSED_IN_STEP = "Expected to have finished reduction in the prior iteration"  # text of torch's error
-UNUSED_MESSAGE = (
-    "method: a step used only some of the trainable parameters, but with several processes the loss of every step must "
-    "depend on all of them: add 0 times the unused output to the loss, or train with launcher=local"
-)
-LOST_CONTACT = "another process of this run ended; run the same command again to resume"
-
-
-class LostContact(ProcessLost):
-    """Another process of the run ended. That process prints why, unless the network connection failed."""
-
 
 def run(config: RunConfig) -> int:
     """Run ssl-train with a validated configuration in this process, and return the exit code."""
-    threading.excepthook = _ignore_disk_error
+    threading.excepthook = ignore_disk_error
     try:
         execute(config)
         return 0
     except ConfigError as error:
-        return _end(error, EXIT_CONFIG)
+        return end_process(error, EXIT_CONFIG)
     except LostContact as error:
-        return _end(str(error), processes.exit_lost(), wait=2 * WAIT)
+        return end_process(str(error), processes.exit_lost(), wait=2 * WAIT)
     except ProcessLost as error:
-        return _end(str(error), processes.exit_lost())
+        return end_process(str(error), processes.exit_lost())
     except TrainingFailed as error:
-        return _end(error, EXIT_FAILED)
+        return end_process(error, EXIT_FAILED)
     except Stopped as error:
-        return EXIT_STOPPED if processes.number() > 0 else _end(str(error), EXIT_STOPPED)
+        return EXIT_STOPPED if processes.number() > 0 else end_process(str(error), EXIT_STOPPED)
 
 
 def execute(config: RunConfig) -> None:
@@ -126,93 +118,23 @@ def execute(config: RunConfig) -> None:
         worker_server.start(device)
         devices.prepare(device, deterministic=deterministic)
         limit = config.launcher.timeout_seconds
-        with processes.process_group(device, limit=limit, end=partial(_end_stalled_process, run_dir)):
+        with processes.process_group(device, limit=limit, end=partial(end_stalled_process, run_dir)):
             check_agreement(config.values)
             with user_code("preparing the run", passes=partial(has_own_message, run_dir)):
                 _train(config, run_dir, device)
     except TrainingFailed:
         raise
     except (RuntimeError, MemoryError) as error:
-        found = _with_message(error, config)
+        found = with_message(error, config)
         if found is error:
             raise
         raise found from error
     except OSError as error:
-        failure = disk_failure(error, run_dir, "run_dir") or _deletion(error, run_dir)
+        failure = disk_failure(error, run_dir, "run_dir") or deletion(error, run_dir)
         if failure is None:
             raise
         message, code = failure
         raise (ConfigError(message) if code == EXIT_CONFIG else TrainingFailed(message)) from error
-
-
-def _with_message(error: RuntimeError | MemoryError, config: RunConfig) -> Exception:
-    """Return the exception with a message for users, or `error` itself if its cause is unknown."""
-    if is_out_of_memory(error):
-        return ConfigError(training_message(error, config))
-    if DEAD_WORKER in str(error):
-        return worker_died_error(error)
-    if UNUSED_IN_STEP in str(error):
-        return ConfigError(UNUSED_MESSAGE)
-    if processes.lost_contact(error):
-        return LostContact(f"{LOST_CONTACT} (noticed here: {str(error).strip().splitlines()[0]})")
-    return error
-
-
-def has_own_message(run_dir: Path, error: BaseException) -> bool:
-    """Return True if the function `run` of this module has its own message for the cause of `error`.
-
-    There are four such causes: a data worker died, another process of the run ended, the loss of a step did not depend
-    on all trainable parameters, or a file of the run was deleted. These errors can also be raised while code of the
-    user runs, although that code did not cause them.
-    """
-    if isinstance(error, OSError):
-        return _deletion(error, run_dir) is not None
-    known = any(text in str(error) for text in (DEAD_WORKER, UNUSED_IN_STEP))
-    return isinstance(error, RuntimeError) and (known or processes.lost_contact(error))
-
-
-def _deletion(error: OSError, run_dir: Path) -> tuple[str, int] | None:
-    """Return the message and exit code if `error` was raised because a file in `run_dir` was deleted, else None."""
-    if error.errno not in (errno.ENOENT, errno.ESTALE) or not error.filename:
-        return None
-    path = Path(os.fsdecode(error.filename))
-    if not path.absolute().is_relative_to(run_dir.absolute()):
-        return None
-    if not run_dir.exists():
-        return str(checkpoint.deleted(run_dir)), EXIT_FAILED
-    return f"{path} was deleted during the run: run the same command again to resume", EXIT_FAILED
-
-
-def _ignore_disk_error(failure: threading.ExceptHookArgs) -> None:
-    """Ignore disk errors in TensorBoard's thread. The next write of the main thread raises the same error."""
-    ignored = (*DISK_ERRORS, errno.ENOENT, errno.ESTALE)
-    if not isinstance(failure.exc_value, OSError) or failure.exc_value.errno not in ignored:
-        threading.__excepthook__(failure)
-
-
-def _end(message: BaseException | str, code: int, *, wait: float | None = None) -> int:
-    """Print why this process ends, and return the exit code.
-
-    By default (`wait` is None), rank 0 prints immediately, and all other ranks first wait `WAIT` seconds. If all
-    processes end for the same reason, rank 0 prints the reason. The launcher then ends the other processes while they
-    wait, so that the reason is printed only once. If `wait` is a number, every rank waits this number of seconds.
-    """
-    time.sleep((WAIT if processes.number() > 0 else 0.0) if wait is None else wait)
-    print_error("train", message)
-    return code
-
-
-def _end_stalled_process(run_dir: Path, message: str) -> None:
-    """End this process from its watchdog thread.
-
-    If `message` is not "", it is first printed and appended to console.log. If `message` is "", another process prints
-    the message. This process then waits `WAIT` seconds before it ends, so that the other process has time to print.
-    """
-    if message:
-        log_and_print(run_dir, message)
-    else:
-        time.sleep(WAIT)
-    os._exit(EXIT_FAILED)
 
 
 def _train(config: RunConfig, run_dir: Path, device: torch.device) -> None:

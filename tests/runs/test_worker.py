@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import gc
 import json
 import os
@@ -21,7 +20,7 @@ from sslcli.distributed import devices
 from sslcli.engine.run import Run
 from sslcli.errors import ConfigError, Stopped
 from sslcli.runs import directory
-from sslcli.runs.worker import acquire_lock, has_own_message, lock_patience, outcome, request_requeue
+from sslcli.runs.worker import acquire_lock, lock_patience, outcome, request_requeue
 
 QUICK = [*SMALL, "monitor.knn_every_epochs=0", "monitor.health_every_steps=0", "monitor.pictures=0"]
 
@@ -89,18 +88,6 @@ def test_an_extension_that_is_refused_leaves_the_run_finished(trained: Path, cli
     assert "can be used" in ended.err
     assert (trained / "config.yaml").read_bytes() == before
     assert (trained / "done").exists()
-
-
-def test_only_a_missing_file_of_the_run_counts_as_deleted(tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    missing = [run_dir / "tensorboard/events", tmp_path / "images.csv"]
-    errors = [FileNotFoundError(errno.ENOENT, "No such file", os.fsencode(path)) for path in missing]
-    for exists in (False, True):
-        assert [has_own_message(run_dir, error) for error in errors] == [True, False]
-        if not exists:
-            run_dir.mkdir()
-    assert not has_own_message(run_dir, FileNotFoundError(errno.ENOENT, "No such file"))
-    assert not has_own_message(run_dir, PermissionError(errno.EACCES, "denied", str(missing[0])))
 
 
 def note_garbage_collection(report: Path) -> None:
