@@ -155,6 +155,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--protocols", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, help="evaluations (default: all)"
     )
+    parser.add_argument("--seed", type=int, default=0, help="use another OUT for each seed (default: %(default)s)")
     parser.add_argument("images", type=Path, nargs="?")
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("methods", nargs="*")
@@ -167,7 +168,8 @@ def main(arguments: Sequence[str]) -> int:
     every = {path.stem for path in (root() / "conf" / "method").glob("*.yaml")} - {"distill"}  # which needs a teacher
     for method in options.methods or sorted(every):
         seconds = 60 * options.minutes * CORES
-        train(method, options.images, options.out, seconds=seconds, threads=options.threads)
+        line = train_line(method, options.images, threads=options.threads, seed=options.seed)
+        train(line, options.out / method, seconds=seconds)
         evaluate(options.out / method, options.protocols, threads=options.threads)
     print(table(options.out))
     return 0
@@ -178,16 +180,14 @@ def root() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
-def train(method: str, images: Path, out: Path, *, seconds: float, threads: int) -> None:
-    """Train one method for `seconds` of CPU time. A finished run is not trained again."""
-    line = train_line(method, images, threads)
-    run_dir = out / method
+def train(line: list[str], run_dir: Path, *, seconds: float) -> None:
+    """Train one method with the command `line` for `seconds` of CPU time. A finished run is not trained again."""
     if (run_dir / "done").exists():
         return
-    num_steps = out / f"{method}.steps"
+    num_steps = run_dir.with_suffix(".steps")
     if not num_steps.exists():
         short, long = PILOT_STEPS
-        before, after = (cpu_time([*line, f"train.max_steps={n}"], out / f"{method}.{n}") for n in PILOT_STEPS)
+        before, after = (cpu_time([*line, f"train.max_steps={n}"], run_dir.with_suffix(f".{n}")) for n in PILOT_STEPS)
         num_steps.write_text(str(int(seconds * (long - short) / (after - before))))
     subprocess.run([*line, f"train.max_steps={num_steps.read_text()}", f"run_dir={run_dir}"], check=True)
 
@@ -206,7 +206,7 @@ def command(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def train_line(method: str, images: Path, threads: int) -> list[str]:
+def train_line(method: str, images: Path, *, threads: int, seed: int) -> list[str]:
     """Return the command that trains `method`, without the number of steps and the run directory."""
     return [
         command("ssl-train"),
@@ -221,6 +221,7 @@ def train_line(method: str, images: Path, threads: int) -> list[str]:
         "train.batch_size=256",
         "monitor.knn_every_epochs=10",
         f"launcher.threads={threads}",
+        f"seed={seed}",
         *OVERRIDES.get(method, [f"method={method}"]),
     ]
 
