@@ -1,12 +1,12 @@
 """k-NN accuracy after each epoch: sslcli and lightly with the same recipe, seed, images and number of epochs.
 
-    python scripts/bench/same_recipe.py IMAGES OUT --epochs 20 [--methods simclr moco_v2] [--threads 2]
+    python scripts/bench/same_recipe.py IMAGES OUT --epochs 20 [--methods simclr moco_v2] [--limit 10000] [--threads 2]
 
 IMAGES contains one folder per class of 32-pixel images. sslcli trains `experiment=cifar10_METHOD`. lightly trains the
 classes of its package with the settings of its CIFAR-10 benchmark, which the recipe of sslcli has as well (see
 docs/recipes.md). Both use bfloat16 if the processor supports it natively, and channels-last memory. A hash selects a
-tenth of the images for k-NN; the networks are trained on the other images. sslcli computes the k-NN accuracy for both:
-k 200, temperature 0.1, all training images as the bank.
+tenth of the images for k-NN; the networks are trained on the other images, or on `--limit` of them. sslcli computes the
+k-NN accuracy for both: k 200, temperature 0.1, all training images as the bank.
 
 The script prints a table and writes OUT/METHOD_LIBRARY.json. If it was stopped, the same command continues: with the
 last checkpoint of a run of sslcli, or with the first step of a run of lightly.
@@ -39,7 +39,9 @@ METHODS = ("simclr", "moco_v2")
 Curve = list[tuple[int, float, float]]  # epoch, k-NN top-1, seconds of training
 
 
-def sslcli_curve(method: str, images: Path, out: Path, *, epochs: int, seed: int, threads: int) -> Curve:
+def sslcli_curve(
+    method: str, images: Path, out: Path, *, epochs: int, limit: int | None, seed: int, threads: int
+) -> Curve:
     """Run or resume `ssl-train` and return its curve. The seconds include the k-NN evaluations."""
     run_dir = out / method
     line = [
@@ -49,6 +51,7 @@ def sslcli_curve(method: str, images: Path, out: Path, *, epochs: int, seed: int
         f"dataset.root={images}",
         "dataset.image_size=32",
         "dataset.pretrain_on_val=false",
+        f"dataset.limit={'null' if limit is None else limit}",
         f"train.epochs={epochs}",
         f"seed={seed}",
         "monitor.knn_k=200",
@@ -62,14 +65,14 @@ def sslcli_curve(method: str, images: Path, out: Path, *, epochs: int, seed: int
     return [(number, record["monitor/knn_top1"], record["wall"]) for number, record in enumerate(found, start=1)]
 
 
-def lightly_curve(method: str, images: Path, *, epochs: int, seed: int, threads: int) -> Curve:
+def lightly_curve(method: str, images: Path, *, epochs: int, limit: int | None, seed: int, threads: int) -> Curve:
     """Train with lightly and return its curve. The seconds do not include the k-NN evaluations."""
     from sslcli.data.sources.files import Folder
     from sslcli.engine import precision
 
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
-    source = Folder(root=str(images), image_size=32, mean=MEAN, std=STD)
+    source = Folder(root=str(images), image_size=32, mean=MEAN, std=STD, limit=limit)
     backbone, parts, loss_of = lightly_parts(method)
     parts.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(
@@ -99,7 +102,10 @@ def lightly_curve(method: str, images: Path, *, epochs: int, seed: int, threads:
         schedule.step()
         seconds += time.perf_counter() - before
         curve.append((epoch, knn_top1(backbone, source, k=200, temperature=0.1, bank=None), seconds))
-        print(f"lightly {method}: epoch {epoch}, loss {float(loss):.4f}, k-NN {100 * curve[-1][1]:.1f} %", flush=True)
+        print(
+            f"lightly {method}: epoch {epoch}, loss {float(loss.detach()):.4f}, k-NN {100 * curve[-1][1]:.1f} %",
+            flush=True,
+        )
     return curve
 
 
@@ -160,13 +166,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("images", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--epochs", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="number of training images (default: all)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of each run (default: %(default)s)")
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--libraries", nargs="*", default=["sslcli", "lightly"], choices=("sslcli", "lightly"))
     parser.add_argument("--lightly", metavar="METHOD", help=argparse.SUPPRESS)  # train with lightly in this process
     options = parser.parse_args(arguments)
-    common: dict[str, Any] = {name: getattr(options, name) for name in ("epochs", "seed", "threads")}
+    common: dict[str, Any] = {name: getattr(options, name) for name in ("epochs", "limit", "seed", "threads")}
     if options.lightly:
         found = lightly_curve(options.lightly, options.images, **common)
         (options.out / f"{options.lightly}_lightly.json").write_text(json.dumps(found))
@@ -178,7 +185,7 @@ def main(arguments: Sequence[str]) -> int:
             (options.out / f"{method}_sslcli.json").write_text(json.dumps(found))
         if "lightly" in options.libraries and not (options.out / f"{method}_lightly.json").exists():
             line = [sys.executable, __file__, str(options.images), str(options.out), "--lightly", method]
-            line += [word for name, value in common.items() for word in (f"--{name}", str(value))]
+            line += [word for name, value in common.items() if value is not None for word in (f"--{name}", str(value))]
             subprocess.run(line, check=True, env=dict(os.environ) | ALLOCATOR_ENV)
     print(table(read_curves(options.out)))
     return 0
