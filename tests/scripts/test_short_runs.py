@@ -49,3 +49,8 @@ def test_a_baseline_is_taken_from_a_run_with_the_same_untrained_network(tmp_path
     write(runs[0] / "eval/knn.json", "knn", 0.5, baseline=0.4)
     assert short_runs.baselines_of(runs[0], "knn") == {"random": numbers(0.4)}
     assert short_runs.baselines_of(runs[1], "knn") == {"random": numbers(0.2)}
+
+
+def test_the_seed_is_that_of_the_run(tmp_path: Path) -> None:
+    words = short_runs.train_line("bigan", tmp_path, threads=1, seed=3)
+    assert [word for word in words if word.startswith("seed=")] == ["seed=3"]
