@@ -142,7 +142,8 @@ def test_vicreg_without_variance_is_caught_within_200_steps(tmp_path: Path) -> N
     def vicreg(run_dir: Path, weight: float) -> Run:
         return make_run(
             run_dir, "method=vicreg", "method.hidden=64", "method.dim=64", f"method.variance={weight}",
-            "dataset.image_size=16", "train.max_steps=200", "optimizer.lr=2.4", "monitor.on_collapse=stop",
+            "method.covariance=4", "dataset.image_size=16", "train.max_steps=200", "optimizer.lr=0.8",
+            "monitor.on_collapse=stop",
         )  # fmt: skip
 
     finish(vicreg(tmp_path / "with", 25.0))

@@ -114,7 +114,7 @@ SHAPES = [
     "train.batch_size=128",
     "train.max_steps=200",
     "train.save_every_epochs=0",
-    "optimizer.lr=3",
+    "optimizer.lr=1",
     "monitor.on_collapse=stop",
 ]
 
@@ -131,17 +131,17 @@ def test_without_predictor_or_stop_gradient_the_embeddings_collapse_and_the_guar
     """
     with pytest.raises(TrainingFailed, match=r"collapsed at step (100|150|200)"):
         finish(make_run(tmp_path, *SHAPES, f"method.{ablation}=false"))
-    assert health(tmp_path, "rankme")[-1] < 2
-    assert health(tmp_path, "std")[-1] < 0.4 / 64**0.5
-    assert losses(tmp_path)[-1] < -0.85
+    assert min(health(tmp_path, "rankme")) < 2
+    assert min(health(tmp_path, "std")) < 0.6 / 64**0.5
+    assert min(losses(tmp_path)) < -0.875
 
 
 @pytest.mark.parametrize("views", [2, 4])
 def test_with_both_the_embeddings_stay_spread_and_the_guard_is_silent(tmp_path: Path, views: int) -> None:
     finish(make_run(tmp_path, *SHAPES, f"method.num_views={views}", f"views.views.0.count={views}"))
     assert min(health(tmp_path, "std")) > 0.8 / 64**0.5
-    assert min(health(tmp_path, "rankme")) > 3
-    assert losses(tmp_path)[-1] > -0.75
+    assert min(health(tmp_path, "rankme")) > 5
+    assert min(losses(tmp_path)) > -0.875
 
 
 def test_impossible_values_are_refused() -> None:
