@@ -189,7 +189,7 @@ def train(line: list[str], run_dir: Path, *, seconds: float) -> None:
         short, long = PILOT_STEPS
         before, after = (cpu_time([*line, f"train.max_steps={n}"], run_dir.with_suffix(f".{n}")) for n in PILOT_STEPS)
         num_steps.write_text(str(int(seconds * (long - short) / (after - before))))
-    subprocess.run([*line, f"train.max_steps={num_steps.read_text()}", f"run_dir={run_dir}"], check=True)
+    subprocess.run([*line, f"train.max_steps={num_steps.read_text().strip()}", f"run_dir={run_dir}"], check=True)
 
 
 def evaluate(run_dir: Path, protocols: Sequence[str], *, threads: int) -> None:
