@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from sslcli.distributed import watchdog
-from sslcli.errors import EXIT_FAILED
+from sslcli.errors import EXIT_FAILED, print_error
 from sslcli.system import child_processes
-from sslcli.system.launch_variables import AGENT, START_TIME, earlier_starts, launched
+from sslcli.system.launch_variables import AGENT, START_TIME, earlier_starts, is_first_to_report, launched
 
 EXIT_LOST = 4  # with this exit code, a process asks our agent for a restart; the user sees EXIT_FAILED
 
@@ -116,3 +116,22 @@ def exit_lost() -> int:
     EXIT_FAILED.
     """
     return EXIT_LOST if AGENT in os.environ else EXIT_FAILED
+
+
+def end_process(command: str, message: BaseException | str, code: int, *, wait: float) -> int:
+    """Print why this process ends, and return the exit code.
+
+    Usually all processes end for the same reason. To print this reason only once, rank 0 prints immediately, and the
+    other ranks first wait. After rank 0 has ended, the launcher ends the others while they wait. On a slow machine, it
+    may end them too late. Therefore, of the processes that one elastic agent started, only the first one prints.
+
+    Args:
+        command: train or eval.
+        message: the reason.
+        code: the exit code.
+        wait: seconds to wait before the message is printed; 0 = print immediately.
+    """
+    time.sleep(wait)
+    if is_first_to_report():
+        print_error(command, message)
+    return code

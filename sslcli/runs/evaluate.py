@@ -146,15 +146,11 @@ def exit_code(error: Exception) -> int:
 
 
 def _end(message: BaseException | str, code: int, *, wait: float = WAIT) -> int:
-    """Print why this process ends, and return the exit code.
+    """Print why this process ends, and return the exit code, see `processes.end_process`.
 
-    If all processes end for the same reason, the reason is printed only once: ranks other than 0 first wait `wait`
-    seconds, in which the launcher ends them. Rank 0 waits only for a process that it lost contact with.
+    Ranks other than 0 first wait `wait` seconds. Rank 0 waits only for a process that it lost contact with.
     """
-    if processes.number() > 0 or wait != WAIT:
-        time.sleep(wait)
-    print_error("eval", message)
-    return code
+    return processes.end_process("eval", message, code, wait=wait if processes.number() > 0 or wait != WAIT else 0.0)
 
 
 def _end_stalled_process(message: str) -> None:

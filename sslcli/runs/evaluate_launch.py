@@ -48,7 +48,7 @@ def main() -> None:
     """Run one of several processes of an evaluation: `python -m sslcli.runs.evaluate_launch CONFIG.json`."""
     # Before the evaluation installs its signal handlers, Ctrl-C ends the process without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from sslcli.distributed.processes import die_with_parent
+    from sslcli.distributed.processes import die_with_parent, end_process
 
     guard_terminal()
     try:
@@ -61,8 +61,7 @@ def main() -> None:
         child_processes.find_trusted(job["trust"])
         sys.exit(launch(job))
     except ConfigError as error:
-        print_error("eval", error)
-        sys.exit(EXIT_CONFIG)
+        sys.exit(end_process("eval", error, EXIT_CONFIG, wait=0))
     except Exception as error:
         sys.exit(print_unexpected("eval", error))
 

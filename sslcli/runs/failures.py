@@ -18,7 +18,6 @@ from sslcli.errors import (
     ConfigError,
     ProcessLost,
     is_out_of_memory,
-    print_error,
 )
 from sslcli.report.terminal import log_and_print
 from sslcli.runs.out_of_memory import training_message
@@ -83,15 +82,13 @@ def ignore_disk_error(failure: threading.ExceptHookArgs) -> None:
 
 
 def end_process(message: BaseException | str, code: int, *, wait: float | None = None) -> int:
-    """Print why this process ends, and return the exit code.
+    """Print why this process ends, and return the exit code, see `processes.end_process`.
 
-    By default (`wait` is None), rank 0 prints immediately, and all other ranks first wait `WAIT` seconds. If all
-    processes end for the same reason, rank 0 prints the reason. The launcher then ends the other processes while they
-    wait, so that the reason is printed only once. If `wait` is a number, every rank waits this number of seconds.
+    By default (`wait` is None), rank 0 prints immediately, and all other ranks first wait `WAIT` seconds. If `wait` is
+    a number, every rank waits this number of seconds.
     """
-    time.sleep((WAIT if processes.number() > 0 else 0.0) if wait is None else wait)
-    print_error("train", message)
-    return code
+    wait = wait if wait is not None else WAIT if processes.number() > 0 else 0.0
+    return processes.end_process("train", message, code, wait=wait)
 
 
 def end_stalled_process(run_dir: Path, message: str) -> None:

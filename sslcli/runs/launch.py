@@ -18,7 +18,7 @@ from sslcli.config.class_defaults import resumed_config
 from sslcli.config.run_config import RunConfig, keys_of
 from sslcli.config.settings import LauncherSettings, MultiSettings
 from sslcli.engine import checkpoint_names
-from sslcli.errors import EXIT_CONFIG, ConfigError, print_error, print_unexpected
+from sslcli.errors import EXIT_CONFIG, ConfigError, print_unexpected
 from sslcli.report.terminal import guard_terminal, log_and_print
 from sslcli.runs.identity import run_dir_of
 from sslcli.system import child_processes
@@ -134,7 +134,7 @@ def main() -> None:
     """
     # Before the run installs its signal handlers, there is nothing to save, so Ctrl-C ends the run without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from sslcli.distributed.processes import EXIT_LOST, die_with_parent
+    from sslcli.distributed.processes import EXIT_LOST, die_with_parent, end_process
     from sslcli.runs.slurm_job import stored_config
 
     guard_terminal()
@@ -144,15 +144,13 @@ def main() -> None:
         die_with_parent()
         config = stored_config(Path(path)).plain()
     except ConfigError as error:
-        print_error("train", error)
-        sys.exit(EXIT_CONFIG)
+        sys.exit(end_process("train", error, EXIT_CONFIG, wait=0))
     child_processes.find_trusted(config["trust"])
     before = checkpoints(config)
     try:
         sys.exit(launch(config))
     except ConfigError as error:
-        print_error("train", error)
-        sys.exit(EXIT_CONFIG)
+        sys.exit(end_process("train", error, EXIT_CONFIG, wait=0))
     except Exception as error:
         code = print_unexpected("train", error)
         sys.exit(code if code == EXIT_CONFIG or checkpoints(config) == before else EXIT_LOST)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from sslcli.errors import ConfigError
 
@@ -16,6 +17,9 @@ REQUIRED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 AGENT = "SSLCLI_AGENT"  # process id of the agent
 START_TIME = "SSLCLI_BEGUN"  # start time of the agent, by time.monotonic
 RESTARTS = "SSLCLI_RESTARTS"  # number of earlier starts of the processes
+# Path ATTEMPT/LOCAL_RANK/error.json, set by torch's elastic agent, which torchrun and our agent use. The folder ATTEMPT
+# belongs to one start of the processes of this node.
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,23 @@ def earlier_starts() -> int:
     environment variables.
     """
     return sum(_count(name, least=0) for name in (RESTARTS, "TORCHELASTIC_RESTART_COUNT") if name in os.environ)
+
+
+def is_first_to_report() -> bool:
+    """Return True if no other process of this node has called this function since the processes were started.
+
+    The result is always True if no elastic agent started this process. The first process creates an empty file in the
+    folder in which the agent keeps the error files of this start.
+    """
+    if not os.environ.get(ERROR_FILE):
+        return True
+    try:
+        (Path(os.environ[ERROR_FILE]).parents[1] / "reported").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # for example a full disk: a message that is printed twice is better than none
+        return True
+    return True
 
 
 def _count(name: str, *, least: int, most: int | None = None, reason: str = "") -> int:

@@ -25,6 +25,26 @@ if os.environ["RANK"] == "0":
     sys.exit(code)
 """
 
+# Each process ends long after it has reported, as on a slow machine.
+REPORTS = """
+import os, sys, time
+from sslcli.distributed.processes import end_process
+code = end_process("train", f"reason of start {os.environ['SSLCLI_RESTARTS']}", int(sys.argv[1]), wait=0)
+time.sleep(3)
+sys.exit(code)
+"""
+
+
+def test_the_reason_is_printed_once_even_if_the_processes_end_late(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_processes(["-c", REPORTS, "2"], processes=2, max_restarts=0, on_message=print) == 2
+    assert capfd.readouterr().err == "ssl-train: reason of start 0\n"
+
+
+def test_each_start_prints_its_own_reason(capfd: pytest.CaptureFixture[str]) -> None:
+    arguments = ["-c", REPORTS, str(processes.EXIT_LOST)]
+    assert run_processes(arguments, processes=2, max_restarts=1, on_message=lambda _: None) == 3
+    assert capfd.readouterr().err == "ssl-train: reason of start 0\nssl-train: reason of start 1\n"
+
 
 @pytest.mark.parametrize(
     ("codes", "wanted", "expected"),
