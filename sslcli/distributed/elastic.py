@@ -21,8 +21,6 @@ from sslcli.distributed.processes import EXIT_LOST
 from sslcli.errors import EXIT_CONFIG, EXIT_FAILED, EXIT_STOPPED, ConfigError
 from sslcli.system.launch_variables import AGENT, RESTARTS, START_TIME, earlier_starts
 
-HINT = "The usual cause of SIGKILL is too little memory"
-
 
 @dataclass(frozen=True)
 class Rendezvous:
@@ -101,11 +99,11 @@ def run_processes(
             signal.signal(number, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if crashed(codes) and rendezvous is not None:  # the command that started the nodes may restart all of them
-        on_message(f"{describe_exits(codes)}. {HINT}")
+        on_message(f"{describe_exits(codes)}{memory_hint(codes)}")
         return EXIT_LOST
     if crashed(codes):
         after = f" after {max_restarts} restarts" if max_restarts else ""
-        on_message(f"{describe_exits(codes)}{after}. {HINT}; run the same command again to resume")
+        on_message(f"{describe_exits(codes)}{after}{memory_hint(codes)}; run the same command again to resume")
     return exit_code(codes)
 
 
@@ -166,6 +164,11 @@ def crashed(codes: dict[int, int]) -> bool:
 def describe_exits(codes: dict[int, int]) -> str:
     """Return text that lists how the process of each rank ended, for messages. `codes` maps ranks to exit codes."""
     return ", ".join(f"process {rank} {describe_exit(code)}" for rank, code in sorted(codes.items()))
+
+
+def memory_hint(codes: dict[int, int]) -> str:
+    """Return a sentence about too little memory if SIGKILL ended a process, else "". `codes`: rank -> exit code."""
+    return ". The usual cause of SIGKILL is too little memory" if -signal.SIGKILL in codes.values() else ""
 
 
 def describe_exit(code: int) -> str:

@@ -58,6 +58,11 @@ def test_each_start_prints_its_own_reason(capfd: pytest.CaptureFixture[str]) -> 
         ([1], 1, []),
         ([processes.EXIT_LOST, 0], 0, ["process 0 lost contact with the others; all start again"]),
         ([-9, -11, -9], 3, ["restart 1 of 2", "by SIGSEGV; all", "by SIGKILL after 2 restarts. The usual cause"]),
+        (
+            [-11] * 3,
+            3,
+            ["restart 1", "restart 2", "process 0 was ended by SIGSEGV after 2 restarts; run the same command"],
+        ),
     ],
 )
 def test_what_may_not_happen_again_is_tried_again(
