@@ -166,7 +166,8 @@ def test_on_shapes_the_loss_falls_while_clusters_stay_in_use_and_the_guard_is_si
         "method.hidden=64",
         "method.num_prototypes=[50]",
         "method.num_views=2",
-        "views=simclr_cifar",
+        "views=cifar_symmetric_weak",
+        "views.views.0.crop_scale=[0.8,1]",
         "backbone.width=16",
         "dataset.image_size=16",
         "dataset.limit=512",
@@ -179,7 +180,7 @@ def test_on_shapes_the_loss_falls_while_clusters_stay_in_use_and_the_guard_is_si
     )
     finish(run)
     lines = read(tmp_path / "metrics.jsonl")
-    assert [line["train/loss"] for line in lines if "train/loss" in line][-1] < math.log(50) - 0.5
+    assert [line["train/loss"] for line in lines if "train/loss" in line][-1] < math.log(50) - 1
     clusters = run.method.get_buffer("clusters")
     assert len(clusters[clusters != UNSEEN].unique()) > 40
     assert min(line["health/std"] for line in lines if "health/std" in line) > 0.4 / 32**0.5

@@ -192,28 +192,28 @@ def test_teacher_is_evaluated_and_follows_the_student() -> None:
 
 
 def shapes(run_dir: Path, *overrides: str) -> list[dict[str, float]]:
-    """Train on shapes for 60 steps with a fast teacher, and return the lines of metrics with health metrics."""
+    """Train on shapes for 80 steps with a fast teacher, and return the lines of metrics with health metrics."""
     finish(make_run(
         run_dir, "method=dino", "method.num_views=2", "views=simclr_cifar", "method.hidden=64", "method.dim=32",
         "method.num_prototypes=64", "method.momentum=0.9", "method.final_momentum=0.9", "dataset.image_size=16",
-        "method.freeze_last_layer_epochs=0", "optimizer.lr=5e-3", "train.clip_grad=null", "train.max_steps=60",
+        "method.freeze_last_layer_epochs=0", "optimizer.lr=5e-3", "train.clip_grad=null", "train.max_steps=80",
         "train.save_every_epochs=0", "monitor.health_every_steps=10", "monitor.on_collapse=stop", *overrides,
     ))  # fmt: skip
     return [line for line in read(run_dir / "metrics.jsonl") if "health/std" in line]
 
 
 def test_without_centering_all_images_get_one_prototype_and_the_guard_says_so(tmp_path: Path) -> None:
-    with pytest.raises(TrainingFailed, match=r"collapsed at step (50|60): assignment_information .*no centering"):
+    with pytest.raises(TrainingFailed, match=r"collapsed at step (50|60|70|80): assignment_information .*no centering"):
         shapes(tmp_path, "method.centering=false")
     last = [line for line in read(tmp_path / "metrics.jsonl") if "health/std" in line][-1]
     assert last["health/assignment_information"] < 0.01
-    assert last["health/std"] > 0.3 / 32**0.5  # the vectors before the prototypes still differ
+    assert last["health/std"] > 0.2 / 32**0.5  # the limit of the guard: the vectors before the prototypes still differ
     assert last["health/rankme"] > 8
 
 
 def test_with_centering_the_assignments_differ_and_the_guard_is_silent(tmp_path: Path) -> None:
     lines = shapes(tmp_path)
-    assert [line["step"] for line in lines] == [1, 10, 20, 30, 40, 50, 60]
+    assert [line["step"] for line in lines] == [1, *range(10, 90, 10)]
     assert min(line["health/assignment_information"] for line in lines) > 0.5
 
 

@@ -220,7 +220,7 @@ def test_on_shapes_the_loss_falls_while_prototypes_stay_in_use_and_the_guard_is_
 
 
 def test_the_collapse_with_uniform_codes_is_reported(tmp_path: Path) -> None:
-    run = make_run(tmp_path, *SHAPES, "optimizer.lr=0.2", "method.sinkhorn_temperature=0.05")
+    run = make_run(tmp_path, *SHAPES, "optimizer.lr=0.2", "method.sinkhorn_temperature=0.1")
     with pytest.raises(TrainingFailed, match=r"collapsed at step (100|150|200)"):
         finish(run)
     losses = [line["train/loss"] for line in read(tmp_path / "metrics.jsonl") if "train/loss" in line]
