@@ -123,7 +123,8 @@ def end_process(command: str, message: BaseException | str, code: int, *, wait: 
 
     Usually all processes end for the same reason. To print this reason only once, rank 0 prints immediately, and the
     other ranks first wait. After rank 0 has ended, the launcher ends the others while they wait. On a slow machine, it
-    may end them too late. Therefore, of the processes that one elastic agent started, only the first one prints.
+    may end them too late. Therefore, of the processes that one elastic agent started on this node, only the first one
+    prints a message.
 
     Args:
         command: train or eval.
@@ -132,6 +133,6 @@ def end_process(command: str, message: BaseException | str, code: int, *, wait: 
         wait: seconds to wait before the message is printed; 0 = print immediately.
     """
     time.sleep(wait)
-    if is_first_to_report():
+    if is_first_to_report(str(message)):
         print_error(command, message)
     return code

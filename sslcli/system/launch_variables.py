@@ -5,6 +5,7 @@ No other module reads these variables. This module does not import torch.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,18 +84,22 @@ def earlier_starts() -> int:
     return sum(_count(name, least=0) for name in (RESTARTS, "TORCHELASTIC_RESTART_COUNT") if name in os.environ)
 
 
-def is_first_to_report() -> bool:
-    """Return True if no other process of this node has called this function since the processes were started.
+def is_first_to_report(message: str) -> bool:
+    """Return False if another process of this node has called this function with the same message, else True.
 
-    The result is always True if no elastic agent started this process. The first process creates an empty file in the
-    folder in which the agent keeps the error files of this start.
+    Only the processes of one start by an elastic agent are considered. Without an agent, the result is always True. The
+    first process writes its local rank to a file in the folder in which the agent keeps the error files of this start.
     """
     if not os.environ.get(ERROR_FILE):
         return True
+    digest = hashlib.sha256(message.encode(errors="backslashreplace")).hexdigest()[:16]
+    path = Path(os.environ[ERROR_FILE]).parents[1] / f"reported-{digest}"
+    rank = os.environ.get("LOCAL_RANK", "")
     try:
-        (Path(os.environ[ERROR_FILE]).parents[1] / "reported").touch(exist_ok=False)
-    except FileExistsError:
-        return False
+        with path.open("x", encoding="utf-8") as file:
+            file.write(rank)
+    except FileExistsError:  # a script may start several commands with one local rank, each of which reports
+        return path.read_text(encoding="utf-8") == rank
     except OSError:  # for example a full disk: a message that is printed twice is better than none
         return True
     return True

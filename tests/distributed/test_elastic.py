@@ -40,6 +40,14 @@ def test_the_reason_is_printed_once_even_if_the_processes_end_late(capfd: pytest
     assert capfd.readouterr().err == "ssl-train: reason of start 0\n"
 
 
+def test_each_command_of_a_script_prints_its_own_reason(capfd: pytest.CaptureFixture[str]) -> None:
+    """Here the agent starts a script, and the script starts the processes that report."""
+    report = "from sslcli.distributed.processes import end_process; end_process('train', 'reason', 2, wait=0)"
+    script = f"import subprocess, sys; [subprocess.run([sys.executable, '-c', {report!r}]) for _ in range(2)]"
+    assert run_processes(["-c", script], processes=1, max_restarts=0, on_message=print) == 0
+    assert capfd.readouterr().err == "ssl-train: reason\n" * 2
+
+
 def test_each_start_prints_its_own_reason(capfd: pytest.CaptureFixture[str]) -> None:
     arguments = ["-c", REPORTS, str(processes.EXIT_LOST)]
     assert run_processes(arguments, processes=2, max_restarts=1, on_message=lambda _: None) == 3
